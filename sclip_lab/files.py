@@ -1,0 +1,30 @@
+"""Where the lab's files live, and how one is written: whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def home() -> Path:
+    """The folder that holds `data/`: SCLIP_HOME where set, else the parent of an editable install, else the working directory."""
+    if folder := os.environ.get("SCLIP_HOME"):
+        return Path(folder).expanduser()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "data").is_dir() else Path.cwd()
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes `path`'s name, on failure it is removed and `path` stays as it was.
+
+    The temporary name keeps the suffix, since many writers choose a format by it. Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""CLIP's vision tower, run once and read in many ways.
+
+`encode` keeps the residual stream that enters every block of open_clip's own tower, which is never hooked, copied or mutated. A `Site` is
+what the attention of one block sees of it. `dense` re-reads the tower with another attention. Variants over one trunk share its sites, and
+so the projections q, k, v.
+
+Letters: b images, n tokens (CLS first, then patches row by row), d width, h heads, c width of a head, e CLIP's embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sclip_lab.attention import Attention
+from sclip_lab.attention import attention as resolve
+from sclip_lab.attention import canonical
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention in the tower: the stream that enters its block, and what follows from it, each computed on first use and then kept.
+
+    stream [b n d]; grid: rows and columns of patches; below: the sites of the layers underneath.
+    """
+
+    blocks: nn.ModuleList
+    stream: Tensor
+    grid: tuple[int, int]
+    below: tuple[Site, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        """Index of the block, from 0."""
+        return len(self.below)
+
+    @property
+    def block(self) -> nn.Module:
+        """open_clip's block."""
+        return self.blocks[self.layer]
+
+    def at(self, layer: int) -> Site:
+        """The same place in another layer, this one or below; counted from 0, or from the end of the tower by negative numbers.
+
+        Where replaced layers lie underneath, it is the stream that they produced. Raises IndexError for a layer above this one.
+        """
+        depth = len(self.blocks)
+        if not -depth <= layer < depth or layer % depth > self.layer:
+            raise IndexError(f"layer {layer} cannot be read from layer {self.layer} of {depth}: expected it or one below")
+        return (*self.below, self)[layer % depth]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """What the projections read, ln_1(stream): [b n d]."""
+        return self.block.ln_1(self.stream)
+
+    @cached_property
+    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        attention = self.block.attn
+        qkv = F.linear(self.x, attention.in_proj_weight, attention.in_proj_bias)  # [b n 3d]
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3 b h n c]
+        if getattr(attention, "logit_scale", None) is not None:
+            return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+        return _maybe(attention, "ln_q")(q), _maybe(attention, "ln_k")(k), v
+
+    @property
+    def q(self) -> Tensor:
+        """Queries [b h n c], normalised where the tower does so (qk norm, scaled cosine)."""
+        return self._qkv[0]
+
+    @property
+    def k(self) -> Tensor:
+        """Keys [b h n c], normalised as the queries."""
+        return self._qkv[1]
+
+    @property
+    def v(self) -> Tensor:
+        """Values [b h n c]."""
+        return self._qkv[2]
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What q kᵀ is multiplied with before the softmax: c ** -0.5, or the learned scale [h 1 1] of a scaled-cosine tower."""
+        attention = self.block.attn
+        if getattr(attention, "logit_scale", None) is not None:
+            return attention.logit_scale.clamp(max=attention.logit_scale_max).exp()
+        return self.q.shape[-1] ** -0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """A tower that has been run on a batch of images up to the entrance of its last block."""
+
+    visual: nn.Module
+    sites: tuple[Site, ...]
+
+    def site(self, layer: int = -1) -> Site:
+        """The attention of a layer, counted from 0, or from the end by negative numbers."""
+        return self.sites[-1].at(layer)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.sites[-1].grid
+
+    @property
+    def stream(self) -> tuple[Tensor, ...]:
+        """The residual stream [b n d] that enters each block, one per layer."""
+        return tuple(site.stream for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What the last block adds around its attention branch; its `str` is the key in results, as in "full", "no_mlp*2".
+
+    residual: the stream is kept; mlp: the block's MLP is run (on what there is, with its own residual); gain: factor on the attention
+    branch. "full" is CLIP, MaskCLIP and SCLIP; "no_mlp" ITACLIP; "bare" NACLIP and ClearCLIP.
+    """
+
+    residual: bool = True
+    mlp: bool = True
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.gain):
+            raise ValueError(f"gain {self.gain} of a read-out is not a finite number")
+
+    def __str__(self) -> str:
+        name = next(name for name, kept in _READOUTS.items() if kept == (self.residual, self.mlp))
+        return name if self.gain == 1 else f"{name}*{str(float(self.gain)).removesuffix('.0')}"
+
+    @classmethod
+    def parse(cls, key: str | Readout) -> Readout:
+        """The read-out that a key names: "full", "no_mlp", "no_residual" or "bare", with "*GAIN" where wanted. ValueError otherwise."""
+        if isinstance(key, Readout):
+            return key
+        try:
+            name, _, gain = key.replace(" ", "").partition("*")
+            return cls(*_READOUTS[name], float(gain or 1))
+        except (AttributeError, KeyError, ValueError):
+            raise ValueError(f"unknown readout {key!r}: expected {', '.join(_READOUTS)}, or one with a gain such as 'full*2'") from None
+
+
+_READOUTS = {"full": (True, True), "no_mlp": (True, False), "no_residual": (False, True), "bare": (False, False)}
+
+
+def encode(visual: nn.Module, pixels: Tensor) -> Trunk:
+    """Run every block but the last, once, on pixels [b 3 H W] that are already normalised; the tower's dtype and device are taken on.
+
+    visual: an open_clip VisionTransformer. Sides that are no multiple of the patch lose the remainder, as in CLIP's patch convolution.
+    Gradients flow where the caller has them on. Raises TypeError or ValueError, in one line, for another tower or for unfit pixels.
+    """
+    x, grid = _embed(visual, pixels)
+    site = Site(visual.transformer.resblocks, x, grid)
+    return Trunk(visual, _climb(site, {}))
+
+
+def dense(
+    trunk: Trunk,
+    attention: str | Attention = "csa",
+    readout: str | Readout = "full",
+    layers: int | Sequence[int] = (-1,),
+) -> Tensor:
+    """CLIP-space tokens [b n e] under another attention: CLS first, not normalised, ln_post and projection on every token.
+
+    attention: a spec ("csa") or a callable(site) -> weights broadcastable to [b h n n]. readout: what the LAST block keeps around it, a
+    `Readout` or its key; blocks below stay whole. layers: where the attention takes its place, counted from 0, or from the end by negative
+    numbers; the stream above a replaced layer is computed anew, and a last layer that is not among them keeps CLIP's own attention.
+    """
+    attend, readout = resolve(attention), Readout.parse(readout)
+    replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
+    last = len(trunk.sites) - 1
+    below = min(replaced, default=last)
+    site = _climb(trunk.sites[below], replaced)[-1] if below < last else trunk.sites[-1]
+    x = _block(site, replaced.get(last, _OWN), readout)
+    x = trunk.visual.ln_post(x)
+    return x if trunk.visual.proj is None else x @ trunk.visual.proj  # [b n e]
+
+
+_OWN = resolve("vanilla")
+
+
+def _climb(site: Site, replaced: dict[int, Attention]) -> tuple[Site, ...]:
+    """The sites up to the last layer: those below `site`, itself, and those that its stream leads to."""
+    while site.layer < len(site.blocks) - 1:
+        if site.layer in replaced:
+            x = _block(site, replaced[site.layer], Readout())
+        else:
+            x = site.block(site.stream)
+        site = Site(site.blocks, x, site.grid, (*site.below, site))
+    return (*site.below, site)
+
+
+def _block(site: Site, attend: Attention, readout: Readout) -> Tensor:
+    """What a block adds up to, [b n d], with `attend` in the place of its attention."""
+    block, attention = site.block, site.block.attn
+    out = _weights(site, attend) @ site.v  # [b h n c]
+    if getattr(attention, "head_scale", None) is not None:
+        out = out * attention.head_scale
+    out = out.transpose(1, 2).flatten(2)  # [b n d]
+    out = attention.out_proj(_maybe(attention, "ln_inner")(out))
+    out = readout.gain * block.ls_1(_maybe(block, "ln_attn")(out))
+    x = site.stream + out if readout.residual else out
+    return x + block.ls_2(block.mlp(block.ln_2(x))) if readout.mlp else x
+
+
+def _weights(site: Site, attend: Attention) -> Tensor:
+    """The weights of an attention, [... n n], checked against the site."""
+    weights = attend(site)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"attention {canonical(attend)} returned {type(weights).__name__}, expected a tensor of weights [b h n n]")
+    b, h, n, _ = site.v.shape
+    try:
+        fits = torch.broadcast_shapes(weights.shape, (b, h, n, n)) == (b, h, n, n)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"attention {canonical(attend)} returned weights {list(weights.shape)}, expected a shape that broadcasts to [b h n n] = "
+            f"{[b, h, n, n]}"
+        )
+    return weights.to(site.v.dtype).expand(*weights.shape[:-2], n, n)
+
+
+def _embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The stream that enters the first block [b n d], and the grid."""
+    _check(visual, pixels)
+    x = visual.conv1(pixels.to(visual.conv1.weight))  # [b d rows cols]
+    grid = (x.shape[2], x.shape[3])
+    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x.flatten(2).mT], dim=1)  # [b n d]
+    return visual.ln_pre(x + _positions(visual, grid).to(x.dtype)), grid
+
+
+def _positions(visual: nn.Module, grid: tuple[int, int]) -> Tensor:
+    """The tower's positional embedding for a grid of patches, [n d].
+
+    SCLIP's authors (as DINO before them) interpolate bicubically, without antialiasing, by the SCALE FACTOR (n + 0.1) / native side per
+    axis; the 0.1 enters the sampling coordinates, so asking for the size instead gives other values. They compare token counts and so
+    take a 7x28 grid for the native 14x14; here rows and columns are compared.
+    """
+    native = tuple(visual.grid_size)
+    if grid == native:
+        return visual.positional_embedding
+    cls, patches = visual.positional_embedding.split([1, native[0] * native[1]])
+    patches = patches.float().mT.unflatten(-1, native)[None]  # [1 d rows cols]
+    factors = [(side + 0.1) / own for side, own in zip(grid, native, strict=True)]
+    patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False)
+    return torch.cat([cls, patches[0].flatten(1).mT.to(cls.dtype)])
+
+
+def _check(visual: nn.Module, pixels: Tensor) -> None:
+    if not hasattr(visual, "class_embedding") or getattr(visual, "attn_pool", None) is not None:
+        raise TypeError(f"visual is {type(visual).__name__}, expected open_clip's VisionTransformer with a CLS token and no attention pool")
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
+        what = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"pixels are {what}, expected a float tensor [b 3 H W], normalised with the model's mean and std")
+    rows, cols = visual.patch_size
+    if pixels.shape[2] < rows or pixels.shape[3] < cols:
+        raise ValueError(f"pixels are {list(pixels.shape)}, expected sides of at least one patch ({rows}x{cols})")
+    if not pixels.isfinite().all():
+        raise ValueError(f"pixels hold {int((~pixels.isfinite()).sum())} NaN or infinite values, expected finite ones: check mean and std")
+
+
+def _maybe(module: nn.Module, name: str) -> nn.Module:
+    """A layer that only one of open_clip's attention classes has, or nothing in its place."""
+    return getattr(module, name, nn.Identity())

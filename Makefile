@@ -1,0 +1,51 @@
+# The environment lives in .venv and is made when it is missing or older than pyproject.toml or constraints.txt.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+BIN := .venv/bin
+READY := .venv/ready
+RUN := $(if $(FRESH),SCLIP_FRESH=1 )$(BIN)/python notebooks/run.py
+
+.PHONY: help notebooks refresh figures table tiny lab test lint clean
+
+help: ## Say what there is to make
+	@echo 'Usage: make TARGET'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+notebooks: $(READY) ## Execute copies of all notebooks into build/ (ONLY=00: that one; FRESH=1: use no stored results)
+	@$(RUN) notebooks/$(ONLY)*.ipynb
+
+refresh: $(READY) ## Execute the notebooks and renew the committed ones (ONLY and FRESH as above)
+	@$(RUN) --refresh notebooks/$(ONLY)*.ipynb
+
+figures: notebooks ## Draw figures/ anew, which the notebooks do, and list them
+	@ls -l figures
+
+table: $(READY) ## Print the table of README, measured on the bundled model
+	@$(BIN)/python benchmarks/bundled.py
+
+tiny: $(READY) ## Train the bundled model again
+	$(BIN)/python -m sclip_lab.train_tiny
+
+lab: $(READY) ## Open the notebooks in JupyterLab
+	$(BIN)/python -m jupyterlab notebooks
+
+test: $(READY) ## Run the tests (ARGS='-k attention' selects)
+	@$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove build/ and the tools' caches (the environment stays)
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache
+	find sclip_lab notebooks tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	  f"$(PYTHON) is Python {v[0]}.{v[1]}, expected 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@echo 'Making the environment in .venv (about half a minute) ...'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --compile-bytecode \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -104,7 +104,7 @@ def test_no_text_in_the_repository_names_a_machine_or_a_registry():
     if listed.returncode:
         pytest.skip("not a git checkout: no list of the repository's files")
     folder = r"(?<![\w.~])/(home|Users|root|work|opt|tmp)/[\w.]"
-    registry = r"pypi\.org|pythonhosted|anaconda\.org|download\.pytorch|index[-_]url|find[-_]links"
+    registry = r"pypi\.org|pythonhosted\.org|anaconda\.org|download\.pytorch|index[-_]url|find[-_]links"
     names_a_machine = re.compile(f"{folder}|{registry}".encode())
     contents = {name: (ROOT / name).read_bytes() for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
     found = {name: match[0] for name, data in contents.items() if (match := names_a_machine.search(data))}

@@ -1,0 +1,95 @@
+import open_clip
+import pytest
+import torch
+
+from sclip_lab import text
+from sclip_lab.clip import Clip
+
+CLASSES = ["background: sky|grass", "person|person in shirt", "cat"]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    model = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+        text_cfg={"width": 32, "heads": 2, "layers": 2},
+    ).eval()
+    torch.nn.init.normal_(model.positional_embedding)  # without it all texts of a fresh tower are much alike
+    torch.nn.init.normal_(model.token_embedding.weight)
+    return Clip("small", model, open_clip.SimpleTokenizer(), (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("templates", [None, ["{}"], ["a photo of a {}.", "{} in a picture of {}"]])
+def test_vectors_equal_open_clips_zero_shot_classifier(clip, templates):
+    words = ["sky", "grass", "person", "person in shirt", "cat"]
+    formats = open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else [t.replace("{}", "{0}") for t in templates]
+    with torch.no_grad():
+        expected = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, words, formats).T
+    queries = text.queries(clip, CLASSES, templates)
+    torch.testing.assert_close(queries.vectors, expected, atol=1e-6, rtol=0)
+    assert queries.query_class.tolist() == [0, 0, 1, 1, 2]
+    assert queries.names == ["background", "person", "cat"]
+
+
+def test_a_word_of_two_classes_has_one_vector(clip):
+    vectors = text.queries(clip, ["background: bed|sky", "bed"], ["{}"]).vectors
+    assert torch.equal(vectors[0], vectors[2])
+
+
+def test_templates_are_the_eighty_of_openai():
+    assert len(text.TEMPLATES) == 80
+    assert [t.replace("{}", "cat") for t in text.TEMPLATES] == [t("cat") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def test_lines():
+    lines = ["background: sky | wall|grass ", "person|person in shirt", " cat", "wood "]
+    assert text.parse(lines) == {
+        "background": ["sky", "wall", "grass"],
+        "person": ["person", "person in shirt"],
+        "cat": ["cat"],
+        "wood": ["wood"],
+    }
+
+
+def test_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("background: sky|wall\ncafé\n\n", encoding="utf-8")
+    expected = {"background": ["sky", "wall"], "café": ["café"]}
+    assert text.parse(path) == expected
+    assert text.parse(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([], r"no class names in \[\]"),
+        ("cat", r"classes='cat' is one string: expected a list such as \['cat'\]"),
+        (["cat", ""], "class 1 is ''"),
+        (["cat", "dog||hound"], r"class 1 is 'dog\|\|hound'"),
+        (["cat", ": sky"], "class 1 is ': sky'"),
+        (["background:"], "class 0 is 'background:'"),
+        (["cat", "dog", "cat|kitten"], "class 2 is named 'cat'"),
+        (["cat|kitten|cat"], "expected every word once"),
+        (["cat", 3], "class 1 is 3: expected a str"),
+        ("absent.txt", r"absent\.txt.*cannot be read"),
+    ],
+)
+def test_unusable_classes_are_refused_in_one_line(classes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        text.parse(classes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ([], r"templates=\[\]: expected a list such as \['a photo of a \{\}"),
+        ("a photo of a {}.", "templates='a photo"),
+        (["a photo"], r"template 'a photo': expected a str with \{\}"),
+    ],
+)
+def test_unusable_templates_are_refused(clip, templates, message):
+    with pytest.raises(ValueError, match=message):
+        text.queries(clip, CLASSES, templates)

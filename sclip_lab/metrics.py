@@ -21,16 +21,16 @@ def counts(labels: ArrayLike | Tensor, truth: ArrayLike | Tensor, classes: int, 
 
     Pixels whose truth is `ignore` are left out. Counts of several images add up to the counts of the data set.
     """
-    labels, truth = _numpy(labels), _numpy(truth)
-    if labels.shape != truth.shape:
-        raise ValueError(f"labels of shape {list(labels.shape)}, truth of {list(truth.shape)}: expected the same shape")
-    seen = truth != ignore
-    labels, truth = labels[seen], truth[seen]
-    for name, map_ in (("labels", labels), ("truth", truth)):
+    predicted, true = _numpy(labels), _numpy(truth)
+    if predicted.shape != true.shape:
+        raise ValueError(f"labels {list(predicted.shape)}, truth {list(true.shape)}: expected the same shape")
+    seen = true != ignore
+    predicted, true = predicted[seen], true[seen]
+    for name, map_ in (("labels", predicted), ("truth", true)):
         if map_.size and (map_.min() < 0 or map_.max() >= classes):
             raise ValueError(f"{name} from {map_.min()} to {map_.max()}: expected 0 to {classes - 1}, or {ignore}")
-    found = (labels[labels == truth], labels, truth)
-    return np.stack([np.bincount(map_, minlength=classes) for map_ in found], axis=1).astype(np.int64)
+    columns = (predicted[predicted == true], predicted, true)
+    return np.stack([np.bincount(map_, minlength=classes) for map_ in columns], axis=1).astype(np.int64)
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
@@ -133,13 +133,13 @@ def patch_labels(labels: ArrayLike | Tensor, grid: tuple[int, int]) -> Tensor:
 
     The grid of (rows, columns) is stretched over the whole map, whose sides need not be multiples of it.
     """
-    labels = _numpy(labels)
-    if labels.ndim != 2 or labels.shape[0] < grid[0] or labels.shape[1] < grid[1]:
-        raise ValueError(f"label map of shape {list(labels.shape)}: expected [H W], not below the grid {grid}")
-    row, column = (np.arange(side) * patches // side for side, patches in zip(labels.shape, grid, strict=True))
+    map_ = _numpy(labels)
+    if map_.ndim != 2 or map_.shape[0] < grid[0] or map_.shape[1] < grid[1]:
+        raise ValueError(f"label map of shape {list(map_.shape)}: expected [H W], not below the grid {grid}")
+    row, column = (np.arange(side) * patches // side for side, patches in zip(map_.shape, grid, strict=True))
     patch = row[:, None] * grid[1] + column  # H W
-    kinds = int(labels.max()) + 1
-    votes = np.bincount((patch * kinds + labels).ravel(), minlength=grid[0] * grid[1] * kinds)
+    kinds = int(map_.max()) + 1
+    votes = np.bincount((patch * kinds + map_).ravel(), minlength=grid[0] * grid[1] * kinds)
     return torch.from_numpy(votes.reshape(-1, kinds).argmax(axis=1))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """The folder that holds `data/`: SCLIP_HOME where set, else the parent of an editable install, else the working directory."""
+    """The folder that holds `data/`: SCLIP_HOME, else an editable install's parent, else the working directory."""
     if folder := os.environ.get("SCLIP_HOME"):
         return Path(folder).expanduser()
     checkout = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ def home() -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes `path`'s name, on failure it is removed and `path` stays as it was.
+    """Yield a temporary path beside `path`, to be written: it takes `path`'s name on success and is removed on failure.
 
     The temporary name keeps the suffix, since many writers choose a format by it. Missing parent folders are made.
     """

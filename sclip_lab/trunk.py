@@ -1,10 +1,11 @@
 """CLIP's vision tower, run once and read in many ways.
 
-`encode` keeps the residual stream that enters every block of open_clip's own tower, which is never hooked, copied or mutated. A `Site` is
-what the attention of one block sees of it. `dense` re-reads the tower with another attention. Variants over one trunk share its sites, and
-so the projections q, k, v.
+`encode` keeps the residual stream that enters every block of open_clip's own tower, which is never hooked, copied or
+mutated. A `Site` is what the attention of one block sees of it. `dense` re-reads the tower with another attention.
+Variants over one trunk share its sites, and so the projections q, k, v.
 
-Letters: b images, n tokens (CLS first, then patches row by row), d width, h heads, c width of a head, e CLIP's embedding.
+Letters: b images, n tokens (CLS first, then patches row by row), d width, h heads, c width of a head, e CLIP's
+embedding.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sclip_lab.attention import Attention
+from sclip_lab.attention import Attention, canonical
 from sclip_lab.attention import attention as resolve
-from sclip_lab.attention import canonical
+
+if TYPE_CHECKING:
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One attention in the tower: the stream that enters its block, and what follows from it, each computed on first use and then kept.
+    """One attention in the tower: the stream that enters its block, and what follows from it, computed once, on demand.
 
     stream [b n d]; grid: rows and columns of patches; below: the sites of the layers underneath.
     """
@@ -41,18 +45,19 @@ class Site:
         return len(self.below)
 
     @property
-    def block(self) -> nn.Module:
-        """open_clip's block."""
+    def block(self) -> ResidualAttentionBlock:
+        """open_clip's block, ResidualAttentionBlock or CustomResidualAttentionBlock."""
         return self.blocks[self.layer]
 
     def at(self, layer: int) -> Site:
-        """The same place in another layer, this one or below; counted from 0, or from the end of the tower by negative numbers.
+        """The same place in another layer, this one or below, counted from 0, or from the end by negative numbers.
 
-        Where replaced layers lie underneath, it is the stream that they produced. Raises IndexError for a layer above this one.
+        Where replaced layers lie underneath, it is the stream that they produced. Raises IndexError for a layer above
+        this one.
         """
         depth = len(self.blocks)
         if not -depth <= layer < depth or layer % depth > self.layer:
-            raise IndexError(f"layer {layer} cannot be read from layer {self.layer} of {depth}: expected it or one below")
+            raise IndexError(f"layer {layer} cannot be read at layer {self.layer} of {depth}: expected it or one below")
         return (*self.below, self)[layer % depth]
 
     @cached_property
@@ -86,7 +91,7 @@ class Site:
 
     @property
     def scale(self) -> float | Tensor:
-        """What q kᵀ is multiplied with before the softmax: c ** -0.5, or the learned scale [h 1 1] of a scaled-cosine tower."""
+        """Factor on q kᵀ before the softmax: c ** -0.5, or the learned scale [h 1 1] of a scaled-cosine tower."""
         attention = self.block.attn
         if getattr(attention, "logit_scale", None) is not None:
             return attention.logit_scale.clamp(max=attention.logit_scale_max).exp()
@@ -97,7 +102,7 @@ class Site:
 class Trunk:
     """A tower that has been run on a batch of images up to the entrance of its last block."""
 
-    visual: nn.Module
+    visual: VisionTransformer
     sites: tuple[Site, ...]
 
     def site(self, layer: int = -1) -> Site:
@@ -119,8 +124,8 @@ class Trunk:
 class Readout:
     """What the last block adds around its attention branch; its `str` is the key in results, as in "full", "no_mlp*2".
 
-    residual: the stream is kept; mlp: the block's MLP is run (on what there is, with its own residual); gain: factor on the attention
-    branch. "full" is CLIP, MaskCLIP and SCLIP; "no_mlp" ITACLIP; "bare" NACLIP and ClearCLIP.
+    residual: the stream is kept; mlp: the block's MLP is run (on what there is, with its own residual); gain: factor on
+    the attention branch. "full" is CLIP, MaskCLIP and SCLIP; "no_mlp" ITACLIP; "bare" NACLIP and ClearCLIP.
     """
 
     residual: bool = True
@@ -137,24 +142,26 @@ class Readout:
 
     @classmethod
     def parse(cls, key: str | Readout) -> Readout:
-        """The read-out that a key names: "full", "no_mlp", "no_residual" or "bare", with "*GAIN" where wanted. ValueError otherwise."""
+        """The read-out of a key: "full", "no_mlp", "no_residual", "bare", with "*GAIN" at will; else a ValueError."""
         if isinstance(key, Readout):
             return key
         try:
             name, _, gain = key.replace(" ", "").partition("*")
             return cls(*_READOUTS[name], float(gain or 1))
         except (AttributeError, KeyError, ValueError):
-            raise ValueError(f"unknown readout {key!r}: expected {', '.join(_READOUTS)}, or one with a gain such as 'full*2'") from None
+            expected = ", ".join(_READOUTS)
+            raise ValueError(f"unknown readout {key!r}: expected {expected}, or one with a gain: 'full*2'") from None
 
 
 _READOUTS = {"full": (True, True), "no_mlp": (True, False), "no_residual": (False, True), "bare": (False, False)}
 
 
-def encode(visual: nn.Module, pixels: Tensor) -> Trunk:
-    """Run every block but the last, once, on pixels [b 3 H W] that are already normalised; the tower's dtype and device are taken on.
+def encode(visual: VisionTransformer, pixels: Tensor) -> Trunk:
+    """Run every block but the last, once, on normalised pixels [b 3 H W], in the tower's dtype and on its device.
 
-    visual: an open_clip VisionTransformer. Sides that are no multiple of the patch lose the remainder, as in CLIP's patch convolution.
-    Gradients flow where the caller has them on. Raises TypeError or ValueError, in one line, for another tower or for unfit pixels.
+    visual: open_clip's vision tower. Sides that are no multiple of the patch lose the remainder, as in CLIP's
+    patch convolution. Gradients flow where the caller has them on. Raises TypeError or ValueError, in one line, for
+    another tower or for unfit pixels.
     """
     x, grid = _embed(visual, pixels)
     site = Site(visual.transformer.resblocks, x, grid)
@@ -167,11 +174,12 @@ def dense(
     readout: str | Readout = "full",
     layers: int | Sequence[int] = (-1,),
 ) -> Tensor:
-    """CLIP-space tokens [b n e] under another attention: CLS first, not normalised, ln_post and projection on every token.
+    """CLIP-space tokens [b n e] under another attention: ln_post and projection on all, CLS first, not normalised.
 
-    attention: a spec ("csa") or a callable(site) -> weights broadcastable to [b h n n]. readout: what the LAST block keeps around it, a
-    `Readout` or its key; blocks below stay whole. layers: where the attention takes its place, counted from 0, or from the end by negative
-    numbers; the stream above a replaced layer is computed anew, and a last layer that is not among them keeps CLIP's own attention.
+    attention: a spec ("csa") or a callable(site) -> weights broadcastable to [b h n n]. readout: what the LAST block
+    keeps around it, a `Readout` or its key; blocks below stay whole. layers: where the attention takes its place,
+    counted from 0, or from the end by negative numbers; the stream above a replaced layer is computed anew, and a last
+    layer that is not among them keeps CLIP's own attention.
     """
     attend, readout = resolve(attention), Readout.parse(readout)
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
@@ -189,10 +197,8 @@ _OWN = resolve("vanilla")
 def _climb(site: Site, replaced: dict[int, Attention]) -> tuple[Site, ...]:
     """The sites up to the last layer: those below `site`, itself, and those that its stream leads to."""
     while site.layer < len(site.blocks) - 1:
-        if site.layer in replaced:
-            x = _block(site, replaced[site.layer], Readout())
-        else:
-            x = site.block(site.stream)
+        attend = replaced.get(site.layer)
+        x = _block(site, attend, Readout()) if attend else site.block(site.stream)
         site = Site(site.blocks, x, site.grid, (*site.below, site))
     return (*site.below, site)
 
@@ -214,7 +220,7 @@ def _weights(site: Site, attend: Attention) -> Tensor:
     """The weights of an attention, [... n n], checked against the site."""
     weights = attend(site)
     if not isinstance(weights, Tensor):
-        raise TypeError(f"attention {canonical(attend)} returned {type(weights).__name__}, expected a tensor of weights [b h n n]")
+        raise TypeError(f"attention {canonical(attend)} returned {type(weights).__name__}, expected a tensor [b h n n]")
     b, h, n, _ = site.v.shape
     try:
         fits = torch.broadcast_shapes(weights.shape, (b, h, n, n)) == (b, h, n, n)
@@ -222,13 +228,13 @@ def _weights(site: Site, attend: Attention) -> Tensor:
         fits = False
     if not fits:
         raise ValueError(
-            f"attention {canonical(attend)} returned weights {list(weights.shape)}, expected a shape that broadcasts to [b h n n] = "
-            f"{[b, h, n, n]}"
+            f"attention {canonical(attend)} returned weights {list(weights.shape)}, "
+            f"expected a shape that broadcasts to [b h n n] = {[b, h, n, n]}"
         )
     return weights.to(site.v.dtype).expand(*weights.shape[:-2], n, n)
 
 
-def _embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def _embed(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """The stream that enters the first block [b n d], and the grid."""
     _check(visual, pixels)
     x = visual.conv1(pixels.to(visual.conv1.weight))  # [b d rows cols]
@@ -237,12 +243,12 @@ def _embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return visual.ln_pre(x + _positions(visual, grid).to(x.dtype)), grid
 
 
-def _positions(visual: nn.Module, grid: tuple[int, int]) -> Tensor:
+def _positions(visual: VisionTransformer, grid: tuple[int, int]) -> Tensor:
     """The tower's positional embedding for a grid of patches, [n d].
 
-    SCLIP's authors (as DINO before them) interpolate bicubically, without antialiasing, by the SCALE FACTOR (n + 0.1) / native side per
-    axis; the 0.1 enters the sampling coordinates, so asking for the size instead gives other values. They compare token counts and so
-    take a 7x28 grid for the native 14x14; here rows and columns are compared.
+    SCLIP's authors (as DINO before them) interpolate bicubically, without antialiasing, by the SCALE FACTOR (n + 0.1) /
+    native side per axis; the 0.1 enters the sampling coordinates, so asking for the size instead gives other values.
+    They compare token counts and so take a 7x28 grid for the native 14x14; here rows and columns are compared.
     """
     native = tuple(visual.grid_size)
     if grid == native:
@@ -254,17 +260,17 @@ def _positions(visual: nn.Module, grid: tuple[int, int]) -> Tensor:
     return torch.cat([cls, patches[0].flatten(1).mT.to(cls.dtype)])
 
 
-def _check(visual: nn.Module, pixels: Tensor) -> None:
+def _check(visual: VisionTransformer, pixels: Tensor) -> None:
     if not hasattr(visual, "class_embedding") or getattr(visual, "attn_pool", None) is not None:
-        raise TypeError(f"visual is {type(visual).__name__}, expected open_clip's VisionTransformer with a CLS token and no attention pool")
+        raise TypeError(f"visual is {type(visual).__name__}, expected open_clip's VisionTransformer, pooled by CLS")
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
         what = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"pixels are {what}, expected a float tensor [b 3 H W], normalised with the model's mean and std")
+        raise ValueError(f"pixels are {what}, expected floats [b 3 H W], normalised by the model's mean and std")
     rows, cols = visual.patch_size
     if pixels.shape[2] < rows or pixels.shape[3] < cols:
         raise ValueError(f"pixels are {list(pixels.shape)}, expected sides of at least one patch ({rows}x{cols})")
-    if not pixels.isfinite().all():
-        raise ValueError(f"pixels hold {int((~pixels.isfinite()).sum())} NaN or infinite values, expected finite ones: check mean and std")
+    if bad := int((~pixels.isfinite()).sum()):
+        raise ValueError(f"pixels hold {bad} NaN or infinite values, expected none: check the image, mean and std")
 
 
 def _maybe(module: nn.Module, name: str) -> nn.Module:

@@ -40,7 +40,9 @@ def test_copies_are_executed_where_their_notebooks_lie_and_a_failure_stops_no_ot
     elsewhere.mkdir()
     good = write(folder / "00_good.ipynb", "import sys\nprint(sys.prefix)", "print(open('beside.txt').read())")
     bad = write(folder / "01_bad.ipynb", "side = 0", "def area():\n    return 1 / side\narea()", "print('never')")
-    later = write(folder / "02_later.ipynb", "'side' in globals()")
+    later = write(
+        folder / "02_later.ipynb", "'side' in globals()", "import matplotlib\nprint(matplotlib.get_backend())"
+    )
     (folder / "beside.txt").write_text("beside the notebook")
     before = {path: path.read_bytes() for path in (good, bad, later)}
     # Installed by a user for another Python, and a start-up file of theirs: neither may take part.
@@ -57,6 +59,7 @@ def test_copies_are_executed_where_their_notebooks_lie_and_a_failure_stops_no_ot
     assert done.returncode == 1, done.stderr
     assert streams(build / "00_good.ipynb") == ["", f"{sys.prefix}\n", "beside the notebook\n"]
     assert nbformat.read(build / "02_later.ipynb", 4).cells[1].outputs[0].data["text/plain"] == "False"
+    assert streams(build / "02_later.ipynb")[-1] == "inline\n"
     assert "return 1 / side" in done.stdout
     assert "ZeroDivisionError: division by zero" in done.stdout
     table = [line.split(maxsplit=3) for line in done.stdout.splitlines()[-4:]]
@@ -64,7 +67,7 @@ def test_copies_are_executed_where_their_notebooks_lie_and_a_failure_stops_no_ot
         ("notebook", "cells", "status"),
         ("00_good", "2", "ok"),
         ("01_bad", "1", "failed in cell 2"),
-        ("02_later", "1", "ok"),
+        ("02_later", "2", "ok"),
     ]
     assert "never" not in streams(build / "01_bad.ipynb")[-1]
     assert "beside the notebook" in (build / "00_good.html").read_text()

@@ -1,0 +1,135 @@
+"""The whole way from an image and class names to a label map.
+
+The steps are separate so that a comparison can share them: `trunk_of` costs nearly all the time and serves every
+attention, read-out and vocabulary; `scores` and `stitch` are cheap.
+
+Letters: H W image, n windows, q queries, i j patch grid of a window, e embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sclip_lab.attention import Attention
+from sclip_lab.clip import Clip, load
+from sclip_lab.files import replacing
+from sclip_lab.images import Source, read
+from sclip_lab.label import Labelling
+from sclip_lab.protocol import Protocol, Stitched, stitch, windows
+from sclip_lab.text import queries as embed
+from sclip_lab.trunk import Readout, Trunk, dense, encode
+
+# RGB, 0 to 1: what OpenAI's CLIP was trained with, and open_clip's default.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def trunk_of(
+    visual: nn.Module,
+    image: np.ndarray,
+    protocol: Protocol = Protocol(),
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Trunk:
+    """Run the tower once over all windows of an image (uint8 RGB [H W 3]). `mean`, `std`: of RGB in 0 to 1 units."""
+    device = next(visual.parameters()).device
+    pixels = torch.from_numpy(windows(image, protocol)).to(device).permute(0, 3, 1, 2)  # n 3 h w
+    shift, scale = (torch.tensor(value, device=device)[:, None, None] for value in (mean, std))
+    return encode(visual, (pixels / 255 - shift) / scale)
+
+
+def scores(
+    trunk: Trunk,
+    queries: Tensor,
+    attention: str | Attention = "csa",
+    readout: str | Readout = "full",
+    layers: tuple[int, ...] = (-1,),
+) -> Tensor:
+    """Cosines [n q i j], float32, of the windows' patches with unit text vectors `queries` [q e]."""
+    patches = dense(trunk, attention, readout, layers)[:, 1:].float()
+    cosines = nn.functional.normalize(patches, dim=-1) @ queries.float().T  # n i*j q
+    return cosines.mT.unflatten(-1, trunk.grid)
+
+
+@torch.no_grad()
+def logits(
+    visual: nn.Module,
+    image: np.ndarray,
+    queries: Tensor,
+    attention: str | Attention = "csa",
+    protocol: Protocol = Protocol(),
+    readout: str | Readout = "full",
+    layers: tuple[int, ...] = (-1,),
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """Cosines [q H W] at the image's own size, averaged over windows, before any scale or softmax.
+
+    `image` is uint8 RGB [H W 3], `queries` unit text vectors [q e]; `mean` and `std` are of RGB in 0 to 1 units.
+    """
+    trunk = trunk_of(visual, image, protocol, mean, std)
+    return stitch(scores(trunk, queries, attention, readout, layers), protocol, image.shape[:2])
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A label map `labels` [H W] int64, the class `names` it indexes, and the `image` [H W 3] it belongs to."""
+
+    labels: np.ndarray
+    names: list[str]
+    image: np.ndarray
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the labels over the image, with a legend, on matplotlib axes; returns them."""
+        from sclip_lab import plots
+
+        return plots.overlay(self.image, self.labels, self.names, ax=ax)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what `plot` draws to a PNG file."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        self.plot(figure.subplots())
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+@torch.no_grad()
+def segment(
+    image: Source,
+    classes: Sequence[str] | str | PathLike[str],
+    model: str | Clip = "tiny",
+    attention: str | Attention = "csa",
+    readout: str | Readout = "full",
+    layers: tuple[int, ...] = (-1,),
+    protocol: Protocol | None = None,
+    labelling: Labelling = Labelling(),
+    templates: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+) -> Segmentation:
+    """Name every pixel of an image with one of `classes`.
+
+    `image` is whatever `images.read` takes, `classes` whatever `text.parse` takes, `model` a name for `clip.load` (kept
+    for the next call) or a loaded `Clip`, `templates` whatever `text.queries` takes. `protocol` None: windows of the size
+    the model was trained on. Raises what these raise: one line with the offending value and what was expected.
+    """
+    picture = read(image)
+    clip = model if isinstance(model, Clip) else _loaded(model, device)
+    protocol = protocol or Protocol.for_image_size(clip.image_size)
+    words = embed(clip, classes, templates)
+    trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std)
+    stitched = Stitched(scores(trunk, words.vectors, attention, readout, layers), protocol, picture.shape[:2])
+    return Segmentation(labelling(stitched, words.query_class).cpu().numpy(), words.names, picture)
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, device: str | torch.device | None) -> Clip:
+    return load(name, device)

@@ -59,7 +59,7 @@ def test_copies_are_executed_where_their_notebooks_lie_and_a_failure_stops_no_ot
     assert done.returncode == 1, done.stderr
     assert streams(build / "00_good.ipynb") == ["", f"{sys.prefix}\n", "beside the notebook\n"]
     assert nbformat.read(build / "02_later.ipynb", 4).cells[1].outputs[0].data["text/plain"] == "False"
-    assert streams(build / "02_later.ipynb")[-1] == "inline\n"
+    assert streams(build / "02_later.ipynb")[-1] == "module://matplotlib_inline.backend_inline\n"
     assert "return 1 / side" in done.stdout
     assert "ZeroDivisionError: division by zero" in done.stdout
     table = [line.split(maxsplit=3) for line in done.stdout.splitlines()[-4:]]
@@ -92,6 +92,7 @@ def test_refresh_writes_the_same_bytes_twice_and_leaves_a_failing_notebook(tmp_p
     notebook = nbformat.read(good, 4)
     assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2]
     assert any("image/png" in output.get("data", {}) for output in notebook.cells[1].outputs)
+    assert [output.name for output in notebook.cells[2].outputs] == ["stdout", "stderr"]
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
     assert sorted(tmp_path.iterdir()) == [bad, good]

@@ -74,6 +74,11 @@ def test_sixteen_bits_are_scaled(picture, tmp_path, channels):
         np.testing.assert_array_equal(read(Image.open(path)), expected)
 
 
+def test_float_files_are_scaled(picture, tmp_path):
+    cv2.imwrite(str(tmp_path / "float.tiff"), picture[:, :, ::-1].astype(np.float32) / 255)
+    np.testing.assert_array_equal(read(tmp_path / "float.tiff"), picture)
+
+
 def test_arrays(picture):
     grey = np.repeat(picture[:, :, :1], 3, axis=2)
     np.testing.assert_array_equal(read(picture), picture)

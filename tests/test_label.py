@@ -61,9 +61,9 @@ def test_area_is_counted_before_the_probability_threshold():
     assert labels.tolist() == [[0] * 7 + [1, 0, 0]]
 
 
-def test_area_exactly_at_the_threshold_is_dropped():
-    logits = torch.zeros(3, 1, 4)
-    logits[1, 0, :3], logits[2, 0, 3] = 1.0, 1.0
+def test_area_is_a_share_of_the_foreground_and_dropped_when_exactly_at_the_threshold():
+    logits = torch.zeros(3, 1, 9)
+    logits[1, 0, :3], logits[2, 0, 3], logits[0, 0, 4:] = 1.0, 1.0, 1.0
     assert Labelling(area_thd=0.25)(logits, torch.arange(3))[0, 3] == 0
     assert Labelling(area_thd=0.24)(logits, torch.arange(3))[0, 3] == 2
 

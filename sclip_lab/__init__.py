@@ -1,4 +1,25 @@
 """sclip-lab: what must change in CLIP's last self-attention for its patch features to know where things are?"""
 
+from importlib import import_module
+from types import ModuleType
+
+# `attention`, `datasets`, `segment` and `sweep` are functions named like their modules. A module becomes an attribute of
+# the package when it is first imported; that it is imported here, and the function bound after it, makes the function
+# stay. `from sclip_lab.attention import csa` works as ever; `import sclip_lab.attention as name` gives the function.
 from sclip_lab.attention import attention, canonical, variant, variants
+from sclip_lab.clip import Clip, load
+from sclip_lab.label import Labelling
+from sclip_lab.protocol import Protocol
+from sclip_lab.segment import Segmentation, logits, segment
 from sclip_lab.trunk import Readout, Site, Trunk, dense, encode
+
+__all__ = [
+    "Clip", "Labelling", "Protocol", "Readout", "Segmentation", "Site", "Trunk", "attention", "canonical", "dense",
+    "encode", "load", "logits", "segment", "variant", "variants",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in ("plots", "scenes"):  # on demand: plots imports seaborn
+        return import_module(f"sclip_lab.{name}")
+    raise AttributeError(f"module 'sclip_lab' has no attribute {name!r}")

@@ -146,8 +146,8 @@ class Readout:
         if isinstance(key, Readout):
             return key
         try:
-            name, _, gain = key.replace(" ", "").partition("*")
-            return cls(*_READOUTS[name], float(gain or 1))
+            name, times, gain = key.replace(" ", "").partition("*")
+            return cls(*_READOUTS[name], float(gain if times else 1))
         except (AttributeError, KeyError, ValueError):
             expected = ", ".join(_READOUTS)
             raise ValueError(f"unknown readout {key!r}: expected {expected}, or one with a gain: 'full*2'") from None

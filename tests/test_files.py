@@ -1,0 +1,40 @@
+import pytest
+
+from sclip_lab.files import home, replacing
+
+
+def test_home_is_the_environments_word(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCLIP_HOME", str(tmp_path))
+    assert home() == tmp_path
+
+
+def test_home_without_a_word_is_the_checkout_or_the_working_directory(monkeypatch, tmp_path, pytestconfig):
+    monkeypatch.delenv("SCLIP_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert home() == (pytestconfig.rootpath if (pytestconfig.rootpath / "data").is_dir() else tmp_path)
+
+
+def test_replacing_writes_whole_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "table.parquet"
+    with replacing(path) as temporary:
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".parquet"
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+
+    def interrupted():
+        with replacing(path) as temporary:
+            temporary.write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -74,6 +74,8 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def windows(image: np.ndarray, protocol: Protocol) -> np.ndarray:
     """Resize an image [H W 3] and cut it into windows [n h w 3], row of windows by row of windows."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image of {image.dtype} {list(image.shape)}: expected uint8 [H W 3], see images.read")
     height, width = size = protocol.resized(*image.shape[:2])
     if min(size) == 0:
         raise ValueError(
@@ -117,7 +119,7 @@ def stitch(scores: Tensor, protocol: Protocol, size: tuple[int, int]) -> Tensor:
     return torch.cat(list(Stitched(scores, protocol, size)), dim=1)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
     """[own, r*i]: what each of an image's `own` rows (or columns) reads from the patches of all windows.
 

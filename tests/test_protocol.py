@@ -139,6 +139,15 @@ def test_an_image_that_vanishes_is_refused():
         windows(np.zeros((1, 9000, 3), np.uint8), Protocol())
 
 
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((9, 9, 3)), np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8)],
+)
+def test_an_image_that_was_not_read_is_refused(image):
+    with pytest.raises(ValueError, match=r"expected uint8 \[H W 3\]"):
+        windows(image, Protocol())
+
+
 def test_scores_of_another_image_are_refused():
     with pytest.raises(ValueError, match="scores of 2 windows: expected 2 x 4"):
         stitch(torch.zeros(2, 3, 4, 4), SMALL, (60, 81))

@@ -66,9 +66,9 @@ def logits(
     attention: str | Attention = "csa",
     protocol: Protocol = Protocol(),
     readout: str | Readout = "full",
-    layers: tuple[int, ...] = (-1,),
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    layers: tuple[int, ...] = (-1,),
 ) -> Tensor:
     """Cosines [q H W] at the image's own size, averaged over windows, before any scale or softmax.
 
@@ -78,7 +78,7 @@ def logits(
     return stitch(scores(trunk, queries, attention, readout, layers), protocol, image.shape[:2])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """A label map `labels` [H W] int64, the class `names` it indexes, and the `image` [H W 3] it belongs to."""
 
@@ -109,21 +109,21 @@ def segment(
     model: str | Clip = "tiny",
     attention: str | Attention = "csa",
     readout: str | Readout = "full",
-    layers: tuple[int, ...] = (-1,),
     protocol: Protocol | None = None,
-    labelling: Labelling = Labelling(),
-    templates: Sequence[str] | None = None,
+    labelling: Labelling | None = None,
     device: str | torch.device | None = None,
+    layers: tuple[int, ...] = (-1,),
+    templates: Sequence[str] | None = None,
 ) -> Segmentation:
     """Name every pixel of an image with one of `classes`.
 
-    `image` is whatever `images.read` takes, `classes` whatever `text.parse` takes, `model` a name for `clip.load` (kept
-    for the next call) or a loaded `Clip`, `templates` whatever `text.queries` takes. `protocol` None: windows of the size
-    the model was trained on. Raises what these raise: one line with the offending value and what was expected.
+    `image` is whatever `images.read` takes, `classes` and `templates` what `text.queries` takes, `model` a loaded `Clip`
+    or a name for `clip.load`, which is then loaded on `device` and kept for the next call. `protocol` None: windows of
+    the size the model was trained on. Raises what these raise: one line, the offending value and what was expected.
     """
     picture = read(image)
     clip = model if isinstance(model, Clip) else _loaded(model, device)
-    protocol = protocol or Protocol.for_image_size(clip.image_size)
+    protocol, labelling = protocol or Protocol.for_image_size(clip.image_size), labelling or Labelling()
     words = embed(clip, classes, templates)
     trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std)
     stitched = Stitched(scores(trunk, words.vectors, attention, readout, layers), protocol, picture.shape[:2])

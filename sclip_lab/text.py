@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEMPLATES: tuple[str, ...]  # the 80 prompts of CLIP's ImageNet evaluation, "{}" where the word goes; see __getattr__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Queries:
     """What a label map can say: unit `vectors` [q e], the class of each `query_class` [q] and the classes' `names`."""
 

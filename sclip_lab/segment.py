@@ -88,9 +88,9 @@ class Segmentation:
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the labels over the image, with a legend, on matplotlib axes; returns them."""
-        from sclip_lab import plots
+        from sclip_lab.plots import overlay
 
-        return plots.overlay(self.image, self.labels, self.names, ax=ax)
+        return overlay(self.image, self.labels, self.names, ax=ax)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write what `plot` draws to a PNG file."""
@@ -117,9 +117,9 @@ def segment(
 ) -> Segmentation:
     """Name every pixel of an image with one of `classes`.
 
-    `image` is whatever `images.read` takes, `classes` and `templates` what `text.queries` takes, `model` a loaded `Clip`
-    or a name for `clip.load`, which is then loaded on `device` and kept for the next call. `protocol` None: windows of
-    the size the model was trained on. Raises what these raise: one line, the offending value and what was expected.
+    `image` is whatever `images.read` takes, `classes` and `templates` what `text.queries` takes, `model` a loaded
+    `Clip` or a name for `clip.load`, which is then loaded on `device` and kept for the next call. `protocol` None:
+    windows of the size the model was trained on. Raises what these raise: one line, the offending value and what was expected.
     """
     picture = read(image)
     clip = model if isinstance(model, Clip) else _loaded(model, device)

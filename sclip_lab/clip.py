@@ -61,7 +61,7 @@ class Clip:
 def load(name: str = "tiny", device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Clip:
     """A CLIP by name, frozen: on the GPU where there is one (device None), its weights float32 (dtype None).
 
-    - "tiny": the bundled one. "tiny:PATH" takes PATH.safetensors and PATH.json, as `train_tiny.py` writes them.
+    - "tiny": the bundled one; "tiny:PATH" another that `train_tiny.py` wrote, its .json beside it.
     - "MODEL:TAG": any ViT of open_clip with its published weights, which are downloaded once. QuickGELU follows the
       weights, whatever the model is called: "ViT-B-16:openai" is the same as "ViT-B-16-quickgelu:openai".
     - "MODEL:PATH": weights on disk (.safetensors; .pt or .bin without other objects; OpenAI's own TorchScript .pt),
@@ -85,7 +85,8 @@ def load(name: str = "tiny", device: str | torch.device | None = None, dtype: to
 
 def _tiny(name: str) -> tuple[dict, Path]:
     """Configuration and checkpoint of the bundled model, or of one that was trained like it."""
-    path = home() / (name.partition(":")[2] or "data/tiny.safetensors")
+    tag = name.partition(":")[2]
+    path = _on_disk(tag) or home() / (tag or "data/tiny.safetensors")
     for file in (path, path.with_suffix(".json")):
         if not file.is_file():
             raise FileNotFoundError(
@@ -110,13 +111,18 @@ def _open_clip(name: str) -> tuple[dict, Path]:
     weights = open_clip.get_pretrained_cfg(model, tag)
     if weights:
         path = _fetch(model, tag, weights)
-    elif tag and (found := [file for file in (Path(tag).expanduser(), home() / tag) if file.is_file()]):
-        weights, path = {"quick_gelu": config.get("quick_gelu", False)}, found[0]
+    elif found := _on_disk(tag):
+        weights, path = {"quick_gelu": config.get("quick_gelu", False)}, found
     else:
         tags = open_clip.list_pretrained_tags_by_model(model)
         raise ValueError(f"no weights {tag!r} for model {model!r}: expected 'MODEL:TAG', TAG a file or one of {tags}")
     normalisation = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     return {**config, "quick_gelu": False, **normalisation, **weights}, path
+
+
+def _on_disk(path: str) -> Path | None:
+    """The file at a path from the working directory or else from `home()`, or nothing."""
+    return next((file for file in (Path(path).expanduser(), home() / path) if file.is_file()), None)
 
 
 def _unfit(config: dict) -> str:

@@ -3,9 +3,9 @@
 from importlib import import_module
 from types import ModuleType
 
-# `attention`, `datasets`, `segment` and `sweep` are functions named like their modules. A module becomes an attribute of
-# the package when it is first imported; that it is imported here, and the function bound after it, makes the function
-# stay. `from sclip_lab.attention import csa` works as ever; `import sclip_lab.attention as name` gives the function.
+# `attention`, `datasets`, `segment` and `sweep` are functions named like their modules. A module becomes an attribute
+# of the package when it is first imported; that it is imported here, and the function bound after it, makes the
+# function stay, whatever is imported later. (`from sclip_lab.attention import csa` reads the module as ever.)
 from sclip_lab.attention import attention, canonical, variant, variants
 from sclip_lab.clip import Clip, load
 from sclip_lab.label import Labelling

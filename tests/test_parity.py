@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 from safetensors.torch import load_file
 
@@ -16,17 +15,6 @@ from sclip_lab.segment import logits
 REFERENCE = Path(__file__).parent / "reference"
 CASES = json.loads((REFERENCE / "cases.json").read_text())
 NAMES = ["sclip_csa", "sclip_vanilla", "sclip_csa_voc21", "sclip_csa_short448", "sclip_csa_whole", "naclip_csa"]
-
-
-@pytest.fixture(scope="module")
-def visual():
-    vit = CASES["vit"]
-    tower = open_clip.transformer.VisionTransformer(
-        image_size=vit["res"], patch_size=vit["patch"], width=vit["width"], layers=vit["layers"], heads=vit["heads"],
-        mlp_ratio=4, output_dim=vit["dim"], act_layer=open_clip.transformer.QuickGELU,
-    )  # fmt: skip
-    tower.load_state_dict(load_file(REFERENCE / "visual.safetensors"))
-    return tower.eval()
 
 
 @pytest.mark.parametrize("photograph", CASES["images"])

@@ -119,7 +119,8 @@ def segment(
 
     `image` is whatever `images.read` takes, `classes` and `templates` what `text.queries` takes, `model` a loaded
     `Clip` or a name for `clip.load`, which is then loaded on `device` and kept for the next call. `protocol` None:
-    windows of the size the model was trained on. Raises what these raise: one line, the offending value and what was expected.
+    windows of the size the model was trained on. Raises what these raise: one line, the offending value and what was
+    expected.
     """
     picture = read(image)
     clip = model if isinstance(model, Clip) else _loaded(model, device)

@@ -166,10 +166,14 @@ def test_photographs_go_from_jpeg_to_overlay_at_vit_b_16(photographs, tmp_path):
     made = open_clip.create_model("ViT-B-16-quickgelu", precision="fp32")
     save_file(made.half().state_dict(), tmp_path / "random.safetensors")
     clip = load(f"ViT-B-16-quickgelu:{tmp_path / 'random.safetensors'}", device="cpu")
+    options = {
+        "protocol": Protocol(short_side=224),
+        "templates": TEMPLATES,
+    }  # two windows: it is the way that is tested
     for photograph in photographs:
-        found = segment(photograph, ["background: sky", "person", "cat"], model=clip, templates=TEMPLATES)
+        found = segment(photograph, ["background: sky", "person"], model=clip, **options)
         height, width = cv2.imread(str(photograph)).shape[:2]
         assert found.labels.shape == (height, width)
-        assert set(np.unique(found.labels)) <= {0, 1, 2}
+        assert set(np.unique(found.labels)) <= {0, 1}
         found.save(tmp_path / f"{photograph.stem}.png")
         assert cv2.imread(str(tmp_path / f"{photograph.stem}.png")).std() > 10

@@ -195,10 +195,10 @@ def test_a_notebook_may_run_its_cell_again(registry):
 def test_names_shared_by_function_and_module_mean_the_function_in_every_order_of_import():
     orders = [
         "import sclip_lab",
-        "import sclip_lab.attention, sclip_lab.segment",
+        "import sclip_lab.attention, sclip_lab.datasets, sclip_lab.segment, sclip_lab.sweep",
         "import sclip_lab.trunk, sclip_lab.attention",
         "from sclip_lab.attention import csa",
-        "from sclip_lab import attention\nimport sclip_lab.segment",
+        "from sclip_lab import attention\nimport sclip_lab.datasets",
         "import importlib; importlib.import_module('sclip_lab.attention')",
     ]
     script = """
@@ -212,6 +212,7 @@ for order in ORDERS:
     assert sclip_lab.attention("csa").__name__ == csa().__name__ == "csa", order
     for name in sclip_lab.__all__:
         assert callable(getattr(sclip_lab, name)), (order, name)
+    assert sclip_lab.scenes.NAMES, order
 assert "open_clip" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", script.replace("ORDERS", repr(orders))], capture_output=True, text=True)

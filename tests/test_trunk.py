@@ -32,6 +32,7 @@ def tower(request, monkeypatch):
     if request.param == "scaled cosine":
         # open_clip 3.3 multiplies four-dimensional tensors by torch.bmm, which takes three.
         monkeypatch.setattr(torch, "bmm", torch.matmul)
+        tower.transformer.resblocks[-1].attn.logit_scale_max = 2.0  # below the learned scales, so that it counts
     return tower.eval().requires_grad_(False)
 
 
@@ -100,15 +101,17 @@ def test_sides_that_are_no_multiple_of_the_patch_lose_the_remainder(visual, pixe
     assert whole.equal(cut)
 
 
-def test_a_replaced_layer_changes_the_stream_above_it(tower):
+@pytest.mark.parametrize("layers", [(0, -1), (1,), -2, (), range(3)])
+def test_a_replaced_layer_changes_the_stream_above_it_and_no_other_is_replaced(tower, layers):
     """Identity is what open_clip's own block computes when every other token is masked."""
     pixels = images((4, 4))
     trunk = encode(tower, pixels)
     mask = torch.full((17, 17), -torch.inf).fill_diagonal_(0)
     x = trunk.stream[0]
-    for block, masked in zip(tower.transformer.resblocks, (True, False, True), strict=True):
-        x = block(x, attn_mask=mask if masked else None)
-    found = dense(trunk, "identity", layers=(0, -1))
+    replaced = [range(3)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    for layer, block in enumerate(tower.transformer.resblocks):
+        x = block(x, attn_mask=mask if layer in replaced else None)
+    found = dense(trunk, "identity", layers=layers)
     torch.testing.assert_close(found, tower.ln_post(x) @ tower.proj, atol=1e-5, rtol=0)
 
 
@@ -269,6 +272,12 @@ def test_half_precision_towers(visual, pixels, dtype):
     assert found.dtype == dtype
     cosine = torch.nn.functional.cosine_similarity(found.float(), dense(encode(visual, pixels)), dim=-1)
     assert cosine.min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+def test_weights_of_another_dtype_are_taken_on(visual, pixels, dtype):
+    trunk = encode(visual, pixels)
+    assert dense(trunk, lambda site: torch.eye(55, dtype=dtype)).equal(dense(trunk, "identity"))
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ class Segmentation:
         """Write what `plot` draws to a PNG file."""
         from matplotlib.figure import Figure
 
-        figure = Figure(layout="constrained")
+        figure = Figure()
         self.plot(figure.subplots())
         with replacing(Path(path)) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
 @torch.no_grad()

@@ -184,11 +184,9 @@ def dense(
     attend, readout = resolve(attention), Readout.parse(readout)
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
     last = len(trunk.sites) - 1
-    below = min(replaced, default=last)
-    site = _climb(trunk.sites[below], replaced)[-1] if below < last else trunk.sites[-1]
+    site = _climb(trunk.sites[min(replaced, default=last)], replaced)[-1]
     x = _block(site, replaced.get(last, _OWN), readout)
-    x = trunk.visual.ln_post(x)
-    return x if trunk.visual.proj is None else x @ trunk.visual.proj  # [b n e]
+    return trunk.visual.ln_post(x) @ trunk.visual.proj  # [b n e]
 
 
 _OWN = resolve("vanilla")

@@ -79,6 +79,23 @@ def _resampled(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
     return (times.astype(np.float64) @ counts.reshape(images, -1)).reshape(samples, *counts.shape[1:])
 
 
+def mean(values: ArrayLike, level: float = 0.95, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of one number per image [images], and its percentile interval under resampling of images."""
+    numbers = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).choice(numbers, (samples, len(numbers))).mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(numbers.mean()), float(low), float(high)
+
+
+def retrieved(images: Tensor, texts: Tensor, captions: list[str]) -> np.ndarray:
+    """Which images [n] bool find their own caption, or one with the same words, nearest among all: recall at 1.
+
+    `images`, `texts`: unit vectors [n e] of the images and of their captions.
+    """
+    nearest = (images @ texts.T).argmax(dim=1).tolist()
+    return np.array([captions[found] == own for found, own in zip(nearest, captions, strict=True)])
+
+
 # Attention maps
 
 

@@ -25,10 +25,14 @@ VOCABULARIES = {
     "background": ("background: " + "|".join(STUFF), *THINGS),
 }
 
+Pair = tuple[float, float] | np.ndarray
+
 _VISIBLE = 30  # pixels: what shows less is not worth a word
 
 
-def draw(n: int, seed: int, size: tuple[int, int] = (96, 96), start: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def draw(
+    n: int, seed: int, size: tuple[int, int] = (96, 96), start: int = 0
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Pictures start .. start + n of a seed: images uint8 [n H W 3], labels uint8 [n H W] (index into NAMES), captions.
 
     A caption names everything that shows, things first, each group in random order: "bee and leaf on sky and brick".
@@ -36,12 +40,12 @@ def draw(n: int, seed: int, size: tuple[int, int] = (96, 96), start: int = 0) ->
     if n < 1 or min(size) < 16:
         raise ValueError(f"draw(n={n}, size={size}): at least one picture of at least 16x16 pixels was expected")
     pictures = [_picture(np.random.RandomState([seed, start + i]), size) for i in range(n)]
-    images, labels, captions = zip(*pictures)
+    images, labels, captions = zip(*pictures, strict=True)
     return np.stack(images), np.stack(labels), list(captions)
 
 
 def vocabulary_labels(labels: np.ndarray, vocabulary: str) -> np.ndarray:
-    """Scene labels [.. H W] as indices into one of VOCABULARIES; 255 is ignored (stuff, where only things are asked)."""
+    """Scene labels [.. H W] as indices into one of VOCABULARIES; 255, stuff where only things are asked, is ignored."""
     tables = {
         "full": np.arange(len(NAMES)),
         "things": np.r_[np.full(len(STUFF), 255), np.arange(len(THINGS))],
@@ -77,7 +81,9 @@ def _beyond_wavy_line(rng: np.random.RandomState, size: tuple[int, int], zoom: f
     grid = _turned_grid(size, turn, 1.0, (0, 0))[0]
     along, across = grid[..., 0], grid[..., 1]
     for k in (1, 2, 3):
-        across = across + zoom * rng.uniform(1, 9 / k) * torch.sin(along * (k / (14 * zoom)) + rng.uniform(0, 2 * math.pi))
+        across = across + zoom * rng.uniform(1, 9 / k) * torch.sin(
+            along * (k / (14 * zoom)) + rng.uniform(0, 2 * math.pi)
+        )
     return across > rng.uniform(-0.25, 0.3) * min(size)
 
 
@@ -102,18 +108,22 @@ def _add_thing(rng: np.random.RandomState, image: torch.Tensor, labels: np.ndarr
     tint = _tint(rng, 0.06)
     if bottom - top < 2 or right - left < 2:
         return
-    centre = ((top + bottom - 1) / 2 - row, (left + right - 1) / 2 - col)
-    grid = _turned_grid((bottom - top, right - left), turn, 1 / radius, (0, 0), centre)
+    middle = ((top + bottom - 1) / 2 - row, (left + right - 1) / 2 - col)
+    grid = _turned_grid((bottom - top, right - left), turn, 1 / radius, (0, 0), middle)
     piece = _sample(sprite, grid, "zeros")  # [4 h w]: colour and coverage
     solid = piece[3] > 0.5
     image[:, top:bottom, left:right][:, solid] = ((piece[:3] / piece[3].clamp_min(1e-3)) * tint)[:, solid]
     labels[top:bottom, left:right][solid.numpy()] = len(STUFF) + thing
 
 
-def _turned_grid(size, turn: float, step: float, place, centre=(0.0, 0.0)) -> torch.Tensor:
-    """Sampling positions [1 H W 2] of a picture whose pixels are `step` apart in texture units, turned about its middle."""
-    rows = torch.arange(size[0], dtype=torch.float32) - (size[0] - 1) / 2 + centre[0]
-    cols = torch.arange(size[1], dtype=torch.float32) - (size[1] - 1) / 2 + centre[1]
+def _turned_grid(
+    size: tuple[int, int], turn: float, step: float, place: Pair, middle: Pair = (0.0, 0.0)
+) -> torch.Tensor:
+    """Positions [1 H W 2] of pixels that are `step` apart, turned about their middle, which `place` and `middle` shift:
+    `place` in units of the surface, `middle` in pixels.
+    """
+    rows = torch.arange(size[0], dtype=torch.float32) - (size[0] - 1) / 2 + middle[0]
+    cols = torch.arange(size[1], dtype=torch.float32) - (size[1] - 1) / 2 + middle[1]
     rows, cols = rows[:, None] * step, cols[None] * step
     grid = torch.empty(1, *size, 2)
     torch.add(math.cos(turn) * cols + place[1], math.sin(turn) * rows, out=grid[0, ..., 0])
@@ -141,7 +151,7 @@ def _light(rng: np.random.RandomState, image: torch.Tensor) -> np.ndarray:
 
 def _caption(rng: np.random.RandomState, labels: np.ndarray) -> str:
     pixels = np.bincount(labels.ravel(), minlength=len(NAMES))
-    shown = [name for name, count in zip(NAMES, pixels) if count >= _VISIBLE]
+    shown = [name for name, count in zip(NAMES, pixels, strict=True) if count >= _VISIBLE]
     things = [str(name) for name in rng.permutation(shown) if name in THINGS]
     stuff = [str(name) for name in rng.permutation(shown) if name in STUFF]
     return " on ".join(" and ".join(words) for words in (things, stuff) if words)

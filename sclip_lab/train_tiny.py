@@ -8,10 +8,13 @@ as fast.
 Letters: b pictures of a batch, e embedding.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +22,25 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from sclip_lab import scenes
 from sclip_lab.files import home, replacing
 
-CONFIG = {
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+CONFIG: dict = {
     "embed_dim": 128,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
     "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, so that protocols carry over
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's, so that protocols carry over
 SEED = 0  # held-out pictures come from other seeds: datasets.py
 BATCH = 256
 DROP, DROP_UNTIL = 2 / 3, 0.86  # share of patches dropped; share of the steps that drop
@@ -38,7 +48,7 @@ LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.05, 100
 
 
 class Batches(torch.utils.data.Dataset):
-    """Step -> (pictures uint8 [b H W 3], tokens [b context]); a batch depends on its step alone, so a run can resume."""
+    """Step -> (pictures uint8 [b H W 3], tokens [b context]): from the step alone, so that a run can resume."""
 
     def __init__(self, steps: int):
         from open_clip import OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
@@ -66,8 +76,8 @@ class Batches(torch.utils.data.Dataset):
         return self.templates[rng.randint(len(self.templates))](words) if rng.uniform() < 0.5 else words
 
 
-def train(steps: int, checkpoint: Path) -> torch.nn.Module:
-    """The model after `steps` steps of BATCH pictures; resumes from `checkpoint` where there is one, and writes it."""
+def train(steps: int, checkpoint: Path, every: int = 200) -> CLIP:
+    """The model after `steps` steps of BATCH pictures. Goes on from `checkpoint` if it is there; writes it `every` steps."""
     model, optimiser = _start(steps)
     first = _resume(model, optimiser, checkpoint, steps)
     batches = torch.utils.data.DataLoader(
@@ -78,13 +88,15 @@ def train(steps: int, checkpoint: Path) -> torch.nn.Module:
         loss = _step(model, optimiser, step, steps, images, tokens)
         progress.set_postfix(loss=f"{loss:.3f}")
         if not math.isfinite(loss):
-            raise FloatingPointError(f"loss {loss} at step {step}: the checkpoint {checkpoint} is from before; lower the rate")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+            raise FloatingPointError(
+                f"loss {loss} at step {step}: the checkpoint {checkpoint} is from before; lower the rate"
+            )
+        if (step + 1) % every == 0 or step + 1 == steps:
             _save_checkpoint(model, optimiser, checkpoint, step + 1, steps)
     return model.eval()
 
 
-def _start(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def _start(steps: int) -> tuple[CLIP, Optimizer]:
     import open_clip
 
     torch.manual_seed(SEED)
@@ -96,7 +108,9 @@ def _start(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model.train(), torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def _step(model, optimiser, step: int, steps: int, images: np.ndarray, tokens: torch.Tensor) -> float:
+def _step(
+    model: CLIP, optimiser: Optimizer, step: int, steps: int, images: np.ndarray, tokens: torch.Tensor
+) -> float:
     torch.manual_seed(1 + step)  # the patches that are dropped depend on the step alone
     model.visual.patch_dropout.prob = DROP if step < DROP_UNTIL * steps else 0.0
     for group in optimiser.param_groups:
@@ -116,7 +130,9 @@ def _step(model, optimiser, step: int, steps: int, images: np.ndarray, tokens: t
     return loss.item()
 
 
-def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     """CLIP's symmetric cross-entropy over [b b] cosines of unit vectors [b e]; equal captions share the target."""
     same = (tokens[:, None] == tokens[None]).all(-1).float()
     target = same / same.sum(1, keepdim=True)
@@ -134,7 +150,7 @@ def _normalise(images: np.ndarray) -> torch.Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def _save_checkpoint(model, optimiser, path: Path, step: int, steps: int) -> None:
+def _save_checkpoint(model: CLIP, optimiser: Optimizer, path: Path, step: int, steps: int) -> None:
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         for key, value in optimiser.state[p].items():
@@ -143,21 +159,23 @@ def _save_checkpoint(model, optimiser, path: Path, step: int, steps: int) -> Non
         save_file(tensors, temporary, {"step": str(step), "steps": str(steps)})
 
 
-def _resume(model, optimiser, path: Path, steps: int) -> int:
+def _resume(model: CLIP, optimiser: Optimizer, path: Path, steps: int) -> int:
     """Put a checkpoint's values into model and optimiser; the step to go on from, 0 where there is no checkpoint."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
         written_for, step = file.metadata()["steps"], int(file.metadata()["step"])
         if written_for != str(steps):
-            raise ValueError(f"{path} belongs to a run of {written_for} steps, not {steps}: delete it or pass --steps {written_for}")
+            raise ValueError(
+                f"{path} belongs to a run of {written_for} steps, not {steps}: delete it or pass --steps {written_for}"
+            )
         for name, p in model.named_parameters():
             p.data.copy_(file.get_tensor(f"model.{name}"))
             optimiser.state[p] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
     return step
 
 
-def bundle(model: torch.nn.Module, path: Path, note: dict[str, str]) -> None:
+def bundle(model: CLIP, path: Path, note: dict[str, str]) -> None:
     """Write the model in half precision, with only the rows of the token embedding that training has used."""
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     embedding = weights.pop("token_embedding.weight")

@@ -1,14 +1,22 @@
-"""Any picture a user has -> uint8 RGB [H W 3]."""
+"""Any picture a user has -> uint8 RGB [H W 3] -> the normalised pixels that a tower reads."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 Source = str | PathLike[str] | np.ndarray | Image.Image
+
+
+# RGB, 0 to 1: what OpenAI's CLIP was trained with, and open_clip's default.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read(source: Source) -> np.ndarray:
@@ -27,6 +35,12 @@ def read(source: Source) -> np.ndarray:
         deep = upright.mode in ("I;16", "I;16B", "I", "F")  # PIL would clip these to 255, not scale them
         return _uint8_rgb(np.asarray(upright if deep else upright.convert("RGB")))
     return _uint8_rgb(np.asarray(source))
+
+
+def pixels(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 RGB [b H W 3] -> normalised floats [b 3 H W] on the same device. `mean`, `std`: of RGB in 0 to 1 units."""
+    shift, scale = (torch.tensor(value, device=images.device)[:, None, None] for value in (mean, std))
+    return (images.permute(0, 3, 1, 2) / 255 - shift) / scale
 
 
 def _decode(path: Path) -> np.ndarray:

@@ -20,15 +20,11 @@ from torch import Tensor, nn
 from sclip_lab.attention import Attention
 from sclip_lab.clip import Clip, load
 from sclip_lab.files import replacing
-from sclip_lab.images import Source, read
+from sclip_lab.images import MEAN, STD, Source, pixels, read
 from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol, Stitched, stitch, windows
 from sclip_lab.text import queries as embed
 from sclip_lab.trunk import Readout, Trunk, dense, encode
-
-# RGB, 0 to 1: what OpenAI's CLIP was trained with, and open_clip's default.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def trunk_of(
@@ -40,9 +36,7 @@ def trunk_of(
 ) -> Trunk:
     """Run the tower once over all windows of an image (uint8 RGB [H W 3]). `mean`, `std`: of RGB in 0 to 1 units."""
     device = next(visual.parameters()).device
-    pixels = torch.from_numpy(windows(image, protocol)).to(device).permute(0, 3, 1, 2)  # n 3 h w
-    shift, scale = (torch.tensor(value, device=device)[:, None, None] for value in (mean, std))
-    return encode(visual, (pixels / 255 - shift) / scale)
+    return encode(visual, pixels(torch.from_numpy(windows(image, protocol)).to(device), mean, std))
 
 
 def scores(

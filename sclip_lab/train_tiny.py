@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from sclip_lab import scenes
 from sclip_lab.files import home, replacing
+from sclip_lab.images import MEAN, STD, pixels
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -37,10 +38,6 @@ CONFIG: dict = {
     "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
     "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # OpenAI's, so that protocols carry over
 SEED = 0  # held-out pictures come from other seeds: datasets.py
 BATCH = 256
 DROP, DROP_UNTIL = 2 / 3, 0.86  # share of patches dropped; share of the steps that drop
@@ -77,7 +74,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def train(steps: int, checkpoint: Path, every: int = 200) -> CLIP:
-    """The model after `steps` steps of BATCH pictures. Goes on from `checkpoint` if it is there; writes it `every` steps."""
+    """The model after `steps` steps of BATCH pictures; `checkpoint` is written `every` so many and resumed from."""
     model, optimiser = _start(steps)
     first = _resume(model, optimiser, checkpoint, steps)
     batches = torch.utils.data.DataLoader(
@@ -108,9 +105,7 @@ def _start(steps: int) -> tuple[CLIP, Optimizer]:
     return model.train(), torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def _step(
-    model: CLIP, optimiser: Optimizer, step: int, steps: int, images: np.ndarray, tokens: torch.Tensor
-) -> float:
+def _step(model: CLIP, optimiser: Optimizer, step: int, steps: int, images: np.ndarray, tokens: torch.Tensor) -> float:
     torch.manual_seed(1 + step)  # the patches that are dropped depend on the step alone
     model.visual.patch_dropout.prob = DROP if step < DROP_UNTIL * steps else 0.0
     for group in optimiser.param_groups:
@@ -118,7 +113,7 @@ def _step(
     # the fused kernel's backward is four times slower than plain products at 49 tokens on a CPU
     with sdpa_kernel(SDPBackend.MATH):
         with torch.autocast("cpu", torch.bfloat16):
-            image_features = model.encode_image(_normalise(images), normalize=True)
+            image_features = model.encode_image(pixels(torch.as_tensor(images), MEAN, STD), normalize=True)
             text_features = model.encode_text(tokens, normalize=True)
         loss = contrastive_loss(image_features.float(), text_features.float(), model.logit_scale.exp(), tokens)
         optimiser.zero_grad(set_to_none=True)
@@ -143,11 +138,6 @@ def contrastive_loss(
 def _learning_rate(step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / WARM_UP)
     return LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _normalise(images: np.ndarray) -> torch.Tensor:
-    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def _save_checkpoint(model: CLIP, optimiser: Optimizer, path: Path, step: int, steps: int) -> None:

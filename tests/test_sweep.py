@@ -1,0 +1,82 @@
+"""Sweeps against segmenting image by image, and against scikit-learn's confusion matrix."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import confusion_matrix
+
+from sclip_lab import Clip, Protocol, compare, load, load_dataset, segment, summarise, sweep
+from sclip_lab.sweep import CELL
+
+LIMIT, PROTOCOL = 3, Protocol(96, 96, 48)
+SETS = ("scenes-full", "scenes-background", "scenes-things")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return load("tiny")
+
+
+@pytest.fixture(scope="module")
+def frame(clip: Clip) -> pd.DataFrame:
+    return sweep(clip, SETS, ["csa", "identity"], PROTOCOL, ["full", "bare"], limit=LIMIT)
+
+
+def _miou_by_hand(clip: Clip, name: str, attention: str, readout: str) -> float:
+    dataset = load_dataset(name, limit=LIMIT)
+    total: np.ndarray | int = 0
+    for key in dataset.keys:
+        image, truth = dataset.read(key)
+        result = segment(image, dataset.classes, clip, attention, readout, PROTOCOL)
+        seen = truth != 255
+        total = total + confusion_matrix(truth[seen], result.labels[seen], labels=range(len(result.names)))
+    hit, union = np.diag(total), total.sum(0) + total.sum(1) - np.diag(total)
+    return 100 * float(np.mean(hit[union > 0] / union[union > 0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "readout"),
+    [(SETS[0], "csa", "full"), (SETS[1], "identity", "bare"), (SETS[2], "csa", "bare")],
+)
+def test_shared_trunks_and_vocabularies_give_the_same_as_one_at_a_time(
+    clip: Clip, frame: pd.DataFrame, name: str, attention: str, readout: str
+) -> None:
+    table = summarise(frame).set_index(["dataset", "attention", "readout"])
+    row = table.loc[(name, attention, readout)]
+    assert row["miou"] == pytest.approx(_miou_by_hand(clip, name, attention, readout), abs=1e-9)
+    assert row["images"] == LIMIT
+
+
+def test_one_row_per_cell_image_and_class(frame: pd.DataFrame) -> None:
+    assert not frame.duplicated([*CELL, "image", "class"]).any()
+    assert len(frame) == 4 * LIMIT * (20 + 13 + 12)
+    assert (frame["intersection"] <= frame[["predicted", "true"]].min(axis=1)).all()
+
+
+def test_compare_is_the_difference_of_the_summaries(frame: pd.DataFrame) -> None:
+    table = summarise(frame).set_index(["attention", "dataset", "readout"])["miou"]
+    found = compare(frame, "csa()", "identity").set_index(["dataset", "readout"])
+    assert found["difference"].to_dict() == pytest.approx((table["csa"] - table["identity"]).to_dict())
+    same = compare(frame, "csa", "csa")
+    assert (same[["difference", "low", "high"]] == 0).all(axis=None)
+
+
+def test_order_of_images_and_rows_does_not_matter(frame: pd.DataFrame) -> None:
+    shuffled = frame.sample(frac=1, random_state=0)
+    keys = ["dataset", "attention", "readout"]
+    expected, found = (summarise(rows).sort_values(keys).reset_index(drop=True) for rows in (frame, shuffled))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_callable_is_an_attention(clip: Clip, frame: pd.DataFrame) -> None:
+    def mine(site):
+        return (site.scale * site.q @ site.q.mT).softmax(-1) + (site.scale * site.k @ site.k.mT).softmax(-1)
+
+    own = summarise(sweep(clip, "scenes-full", mine, PROTOCOL, limit=LIMIT)).iloc[0]
+    table = summarise(frame).set_index(["dataset", "attention", "readout"])
+    assert (own["attention"], own["miou"]) == ("mine", table.loc[("scenes-full", "csa", "full"), "miou"])
+
+
+def test_what_was_not_measured_is_one_line(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"no rows of \['vanilla'\]: measured were \['csa', 'identity'\]"):
+        compare(frame, "csa", "vanilla")

@@ -101,12 +101,14 @@ def test_csa_adds_to_two(visual, pixels):
     torch.testing.assert_close(weights.sum(-1), torch.full(weights.shape[:-1], 2.0))
 
 
-def test_a_callable_passes_through_and_a_factory_stands_for_its_bare_name():
+def test_a_callable_passes_through_and_a_factory_stands_for_its_bare_name(visual, pixels):
     def mine(site):
         return site.q
 
     assert attention(mine) is mine
     assert canonical(mine) == "mine"
+    site = encode(visual, pixels).site()
+    assert attention(csa)(site).equal(attention("csa")(site))
     assert canonical(attention(csa)) == canonical(csa) == canonical(csa()) == "csa"
     assert canonical(torch.nn.Linear(2, 3)) == "Linear(in_features=2, out_features=3, bias=True)"
 
@@ -172,8 +174,15 @@ def test_a_variant_is_registered_once_by_its_name_and_has_defaults(registry):
     def csa():
         return lambda site: site.q
 
+    def mine():
+        return lambda site: site.q
+
     with pytest.raises(ValueError, match=r"'csa' exists already in sclip_lab\.attention"):
         variant(csa)
+
+    variant(mine)
+    with pytest.raises(ValueError, match="'mine' exists already in test_attention"):
+        variant(mine)
 
     def fresh(size):
         return lambda site: site.q

@@ -146,15 +146,15 @@ def _fetch(model: str, tag: str, weights: dict) -> Path:
     try:
         return Path(open_clip.download_pretrained(weights))
     except (OSError, RuntimeError) as error:
-        repo, _, file = (weights.get("hf_hub") or weights["url"]).rpartition("/")
+        repo, _, file = weights["hf_hub"].rpartition("/")
         file = file or "open_clip_model.safetensors"
         # From a file the model's name decides on the activation, so the advice must name the one that fits.
         quick = f"{model}-quickgelu"
         fitting = quick if weights.get("quick_gelu") and quick in open_clip.list_models() else model
         copy = Path("data/cache") / f"{fitting}-{tag}{Path(file).suffix}"
         raise FileNotFoundError(
-            f"cannot download the weights of '{model}:{tag}' ({_line(error)}): fetch {file} of {repo} by other means, "
-            f"save it as {home() / copy} and load '{fitting}:{copy}'"
+            f"cannot download the weights of '{model}:{tag}' ({_line(error)}): fetch {file} of {repo} on Hugging Face "
+            f"by other means, save it as {home() / copy} and load '{fitting}:{copy}'"
         ) from None
 
 

@@ -8,6 +8,7 @@ Letters: n pictures, H W height and width in pixels.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,19 +28,39 @@ VOCABULARIES = {
 
 Pair = tuple[float, float] | np.ndarray
 
+SIDE = 96  # pixels, of the pictures that training sees
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How much of the world a picture holds; a larger picture shows no more of it, but finer.
+
+    zoom: range of scales, at 1 things are 0.27 to 0.52 of the short side wide; things: range of their number in a
+    square at zoom 1 (there is always one); stuff: odds of one, two, ... regions.
+    """
+
+    zoom: tuple[float, float]
+    things: tuple[float, float]
+    stuff: tuple[float, ...]
+
+
+CLOSE = Framing(zoom=(1.0, 1.8), things=(0.2, 1.0), stuff=(0.5, 0.5))
+WIDE = Framing(zoom=(0.75, 1.35), things=(0.6, 3.6), stuff=(0.25, 0.5, 0.25))
+
 _VISIBLE = 30  # pixels: what shows less is not worth a word
 
 
 def draw(
-    n: int, seed: int, size: tuple[int, int] = (96, 96), start: int = 0
+    n: int, seed: int, size: tuple[int, int] = (96, 96), start: int = 0, framing: Framing = CLOSE
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Pictures start .. start + n of a seed: images uint8 [n H W 3], labels uint8 [n H W] (index into NAMES), captions.
 
     A caption names everything that shows, things first, each group in random order: "bee and leaf on sky and brick".
+    Raises ValueError where there is nothing to draw.
     """
     if n < 1 or min(size) < 16:
         raise ValueError(f"draw(n={n}, size={size}): at least one picture of at least 16x16 pixels was expected")
-    pictures = [_picture(np.random.RandomState([seed, start + i]), size) for i in range(n)]
+    pictures = [_picture(np.random.RandomState([seed, start + i]), size, framing) for i in range(n)]
     images, labels, captions = zip(*pictures, strict=True)
     return np.stack(images), np.stack(labels), list(captions)
 
@@ -54,19 +75,21 @@ def vocabulary_labels(labels: np.ndarray, vocabulary: str) -> np.ndarray:
     return tables[vocabulary].astype(np.uint8)[labels]
 
 
-def _picture(rng: np.random.RandomState, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, str]:
-    zoom = rng.uniform(0.75, 1.35)
-    image, labels = _stuff(rng, size, zoom)
-    area = size[0] * size[1] / 96**2 / zoom**2
-    for _ in range(max(1, round(area * rng.uniform(0.6, 3.6)))):
+def _picture(rng: np.random.RandomState, size: tuple[int, int], framing: Framing) -> tuple[np.ndarray, np.ndarray, str]:
+    zoom = rng.uniform(*framing.zoom) * min(size) / SIDE
+    image, labels = _stuff(rng, size, zoom, framing.stuff)
+    area = size[0] * size[1] / SIDE**2 / zoom**2
+    for _ in range(max(1, round(area * rng.uniform(*framing.things)))):
         _add_thing(rng, image, labels, zoom)
     caption = _caption(rng, labels)
     return _light(rng, image), labels, caption
 
 
-def _stuff(rng: np.random.RandomState, size: tuple[int, int], zoom: float) -> tuple[torch.Tensor, np.ndarray]:
+def _stuff(
+    rng: np.random.RandomState, size: tuple[int, int], zoom: float, odds: tuple[float, ...]
+) -> tuple[torch.Tensor, np.ndarray]:
     """One to three textured regions with wavy borders: image float [3 H W] in 0..1, labels uint8 [H W]."""
-    chosen = rng.permutation(len(STUFF))[: 1 + rng.choice(3, p=[0.25, 0.5, 0.25])]
+    chosen = rng.permutation(len(STUFF))[: 1 + rng.choice(len(odds), p=odds)]
     image, labels = torch.zeros(3, *size), np.zeros(size, np.uint8)
     for rank, stuff in enumerate(chosen):
         region = torch.ones(size, dtype=torch.bool) if rank == 0 else _beyond_wavy_line(rng, size, zoom)

@@ -40,7 +40,7 @@ CONFIG: dict = {
 }
 SEED = 0  # held-out pictures come from other seeds: datasets.py
 BATCH = 256
-DROP, DROP_UNTIL = 2 / 3, 0.86  # share of patches dropped; share of the steps that drop
+DROP, SETTLE = 2 / 3, 0.86  # share of patches dropped; share of the steps that drop them, in wide and crowded scenes
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 0.05, 100
 
 
@@ -58,7 +58,8 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, torch.Tensor]:
         side = CONFIG["vision_cfg"]["image_size"]
-        images, _, captions = scenes.draw(BATCH, SEED, (side, side), start=step * BATCH)
+        framing = scenes.WIDE if step < SETTLE * self.steps else scenes.CLOSE
+        images, _, captions = scenes.draw(BATCH, SEED, (side, side), step * BATCH, framing)
         rng = np.random.RandomState([SEED, step, 1])
         return images, self.tokenizer([self._retell(rng, caption) for caption in captions])
 
@@ -107,7 +108,7 @@ def _start(steps: int) -> tuple[CLIP, Optimizer]:
 
 def _step(model: CLIP, optimiser: Optimizer, step: int, steps: int, images: np.ndarray, tokens: torch.Tensor) -> float:
     torch.manual_seed(1 + step)  # the patches that are dropped depend on the step alone
-    model.visual.patch_dropout.prob = DROP if step < DROP_UNTIL * steps else 0.0
+    model.visual.patch_dropout.prob = DROP if step < SETTLE * steps else 0.0
     for group in optimiser.param_groups:
         group["lr"] = _learning_rate(step, steps)
     # the fused kernel's backward is four times slower than plain products at 49 tokens on a CPU

@@ -261,7 +261,7 @@ def write_trap(path, sprung):
 
 
 def write_plain_pickle(path, sprung):
-    path.write_bytes(pickle.dumps(Trap(sprung)))
+    path.write_bytes(pickle.dumps(Trap(sprung), protocol=2))
 
 
 @pytest.mark.parametrize("write", [write_garbage, write_trap, write_plain_pickle])

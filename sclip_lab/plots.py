@@ -164,7 +164,8 @@ def intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         rows = part["dataset"].map(datasets.index) + 0.2 * (place - (len(methods) - 1) / 2)
         ends = [part["miou"] - part["low"], part["high"] - part["miou"]]
         ax.errorbar(part["miou"], rows, xerr=ends, fmt="o", color=colour, label=methods[place])
-    ax.set(yticks=range(len(datasets)), yticklabels=datasets, ylim=(len(datasets) - 0.5, -0.5), xlabel="mIoU, %")
+    ax.set(xlabel="mIoU, %", xlim=(0, 100), ylim=(len(datasets) - 0.5, -0.5))
+    ax.set_yticks(range(len(datasets)), datasets)
     ax.grid(axis="x", alpha=0.4)
     sns.despine(ax=ax, left=True)
     ax.legend(**BESIDE)

@@ -51,6 +51,11 @@ class Clip:
         """Tokens that a text may have, start and end included; the tokenizer cuts longer ones."""
         return self.model.context_length
 
+    def knows(self, text: str) -> bool:
+        """Whether every token of a text has an embedding; those that the bundled model never saw have none."""
+        tokens = torch.tensor(self.tokenizer.encode(text))
+        return bool(self.model.token_embedding.weight[tokens].any(dim=1).all())
+
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """Texts -> unit vectors [n e], in one batch."""

@@ -35,11 +35,17 @@ def queries(
 
     Per word the unit embeddings of all `templates` (strings with a "{}"; None: the 80 of `TEMPLATES`) are averaged and
     scaled to unit length again, as Radford et al. 2021 (arXiv 2103.00020, section 3.1.4) and the SCLIP authors do.
-    `classes` is read by `parse`. Raises ValueError where a name or a template is not usable.
+    `classes` is read by `parse`. Raises ValueError where a name or a template is not usable, or where the model, as the
+    bundled one may, has no embedding for a word.
     """
     words_of = parse(classes)
     prompts = _openai_templates() if templates is None else _checked(templates)
     unique = dict.fromkeys(word for words in words_of.values() for word in words)
+    if strange := [word for word in unique if not clip.knows(word)]:
+        raise ValueError(
+            f"model {clip.name!r} never saw the words of {strange}: expected names from its own world, or another "
+            f"model, such as 'ViT-B-16-quickgelu:openai'"
+        )
     vector_of = {word: _embed(clip, word, prompts) for word in unique}
     vectors = torch.stack([vector_of[word] for words in words_of.values() for word in words])
     query_class = [index for index, words in enumerate(words_of.values()) for _ in words]

@@ -28,7 +28,7 @@ def of_whole_pictures(clip: Clip) -> pd.DataFrame:
 
 def main() -> None:
     clip = load("tiny")
-    frame = sweep(clip, [f"scenes-{v}" for v in scenes.VOCABULARIES], variants(), readouts=["full", "bare"])
+    frame = sweep(clip, [f"scenes-{v}" for v in scenes.VOCABULARIES], variants(), readouts=["full", "full*2", "bare"])
     parts = {"": frame}
     for part, names in (("things", scenes.THINGS), ("stuff", scenes.STUFF)):
         parts[part] = frame[(frame["dataset"] == "scenes-full") & frame["class"].isin(names)]

@@ -9,6 +9,7 @@ from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -89,9 +90,16 @@ def _lines(classes: Sequence[str] | str | PathLike[str]) -> Sequence[str]:
     return classes
 
 
+_EMBEDDED: WeakKeyDictionary = WeakKeyDictionary()  # of each living Clip: its vectors by word and templates
+
+
 def _embed(clip: "Clip", word: str, templates: Sequence[str]) -> Tensor:
-    vectors = clip.encode_text([template.replace("{}", word) for template in templates])
-    return torch.nn.functional.normalize(vectors.float().mean(dim=0), dim=0)
+    known = _EMBEDDED.setdefault(clip, {})
+    key = (word, tuple(templates))
+    if key not in known:
+        vectors = clip.encode_text([template.replace("{}", word) for template in templates])
+        known[key] = torch.nn.functional.normalize(vectors.float().mean(dim=0), dim=0)
+    return known[key]
 
 
 def _checked(templates: Sequence[str]) -> Sequence[str]:

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import open_clip
 import pytest
 import torch
@@ -93,3 +96,23 @@ def test_unusable_classes_are_refused_in_one_line(classes, message):
 def test_unusable_templates_are_refused(clip, templates, message):
     with pytest.raises(ValueError, match=message):
         text.queries(clip, CLASSES, templates)
+
+
+def test_words_are_embedded_once_per_model_and_forgotten_with_it(clip):
+    texts = []
+
+    class Counting(Clip):
+        def encode_text(self, batch):
+            texts.extend(batch)
+            return super().encode_text(batch)
+
+    counting = Counting(clip.name, clip.model, clip.tokenizer, clip.mean, clip.std)
+    first, again = (text.queries(counting, ["cat", "sky|cat"], ["{}", "a {}"]) for _ in range(2))
+    assert texts == ["cat", "a cat", "sky", "a sky"]
+    assert torch.equal(first.vectors, again.vectors)
+    alone = text.queries(counting, ["cat"], ["{}"])
+    assert not torch.equal(alone.vectors[0], first.vectors[0])
+    forgotten = weakref.ref(counting)
+    del counting
+    gc.collect()
+    assert forgotten() is None

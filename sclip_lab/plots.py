@@ -188,11 +188,11 @@ def _by_area(labels: np.ndarray) -> np.ndarray:
 
 
 def _middle(region: np.ndarray) -> tuple[int, int, float]:
-    """Column and row of the point deepest inside a region [H W], an eighth or more from either side, and its depth."""
-    eighth = region.shape[1] // 8  # for the width of a name
-    depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1 + eighth : -1 - eighth]
+    """Column and row of the point deepest inside a region [H W], a sixth or more from either side, and its depth."""
+    sixth = region.shape[1] // 6  # for the width of a name
+    depth = cv2.distanceTransform(np.pad(region, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1 + sixth : -1 - sixth]
     row, col = divmod(int(depth.argmax()), depth.shape[1])
-    return col + eighth, row, float(depth[row, col])
+    return col + sixth, row, float(depth[row, col])
 
 
 def _mark(ax: Axes, picture: np.ndarray, grid: tuple[int, ...], patch: Pair, colour: str) -> None:

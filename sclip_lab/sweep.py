@@ -68,7 +68,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for cell, part in frame.groupby(CELL, sort=False, observed=True):
         table = _counts(part)
-        rows.append((*cell, miou(table.sum(axis=0)), *bootstrap(table), len(table)))
+        rows.append((*cell, float(miou(table.sum(axis=0))), *bootstrap(table), len(table)))
     return _percent(pd.DataFrame(rows, columns=[*CELL, "miou", "low", "high", "images"]))
 
 
@@ -85,7 +85,7 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
     rows = []
     for cell, part in frame.groupby(rest, sort=False, observed=True):
         first, second = (_counts(part[part["attention"] == name]) for name in (a, b))
-        gain = miou(first.sum(axis=0)) - miou(second.sum(axis=0))
+        gain = float(miou(first.sum(axis=0)) - miou(second.sum(axis=0)))
         rows.append((*cell, a, b, gain, *bootstrap(first, second), len(first)))
     return _percent(pd.DataFrame(rows, columns=[*rest, "a", "b", "difference", "low", "high", "images"]))
 

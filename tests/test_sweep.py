@@ -61,6 +61,11 @@ def test_compare_is_the_difference_of_the_summaries(frame: pd.DataFrame) -> None
     assert (same[["difference", "low", "high"]] == 0).all(axis=None)
 
 
+def test_percentages_are_plain_numbers(frame: pd.DataFrame) -> None:
+    numbers = [summarise(frame)["miou"], compare(frame, "csa", "identity")["difference"]]
+    assert [column.dtype for column in numbers] == [np.float64] * 2
+
+
 def test_order_of_images_and_rows_does_not_matter(frame: pd.DataFrame) -> None:
     shuffled = frame.sample(frac=1, random_state=0)
     keys = ["dataset", "attention", "readout"]

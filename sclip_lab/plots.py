@@ -110,22 +110,30 @@ def sources(picture: np.ndarray, grid: Pair, points: Sequence[Pair], ax: Axes | 
     return ax
 
 
+def glow(picture: np.ndarray, weights: np.ndarray, colour: str = "C1") -> np.ndarray:
+    """Weights [rows cols] as a glow in `colour` over their picture [H W 3], greyed and dimmed: [H W 3], 0 to 1.
+
+    The glow is full at the 99th percentile, so that one patch that swallows the attention does not hide where the rest
+    goes.
+    """
+    weights = np.asarray(weights, dtype=np.float32)
+    light = cv2.resize(weights, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)  # H W
+    light = (light / (np.quantile(weights, 0.99) or weights.max() or 1)).clip(0, 1)
+    dim = 0.35 / 255 * cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) * (1 - light)
+    ramp = sns.blend_palette(["black", colour, "white"], as_cmap=True)
+    return (dim[..., None] + ramp(0.9 * light)[..., :3]).clip(0, 1)
+
+
 def attention_map(
     picture: np.ndarray, weights: np.ndarray, source: Pair | None = None, ax: Axes | None = None, colour: str = "C1"
 ) -> Axes:
-    """Where one patch looks: weights [rows cols] glow in `colour` over its picture [H W 3], greyed and dimmed.
+    """Where one patch looks: the `glow` of its weights [rows cols] over its picture [H W 3].
 
-    `source`: row and column of that patch, marked. The glow is full at the 99th percentile, so that one patch that
-    swallows the attention does not hide where the rest goes.
+    `source`: row and column of that patch, marked.
     """
-    weights = np.asarray(weights, dtype=np.float32)
-    glow = cv2.resize(weights, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)  # H W
-    glow = (glow / (np.quantile(weights, 0.99) or weights.max())).clip(0, 1)
-    dim = 0.35 / 255 * cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) * (1 - glow)
-    ramp = sns.blend_palette(["black", colour, "white"], as_cmap=True)
-    ax = image((dim[..., None] + ramp(0.9 * glow)[..., :3]).clip(0, 1), ax)
+    ax = image(glow(picture, weights, colour), ax)
     if source is not None:
-        _mark(ax, picture, weights.shape, source, colour)
+        _mark(ax, picture, np.shape(weights), source, colour)
     return ax
 
 

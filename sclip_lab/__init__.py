@@ -6,19 +6,20 @@ from types import ModuleType
 # `attention`, `datasets`, `segment` and `sweep` are functions named like their modules. A module becomes an attribute
 # of the package when it is first imported; that it is imported here, and the function bound after it, makes the
 # function stay, whatever is imported later. (`from sclip_lab.attention import csa` reads the module as ever.)
-from sclip_lab.attention import attention, canonical, variant, variants
+from sclip_lab.attention import affinity
 from sclip_lab.clip import Clip, load
 from sclip_lab.datasets import datasets, load_dataset
 from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol
+from sclip_lab.registry import attention, canonical, variant, variants
 from sclip_lab.segment import Segmentation, logits, segment
 from sclip_lab.sweep import compare, summarise, sweep
 from sclip_lab.trunk import Readout, Site, Trunk, dense, encode
 
 __all__ = [
-    "Clip", "Labelling", "Protocol", "Readout", "Segmentation", "Site", "Trunk", "attention", "canonical", "compare",
-    "datasets", "dense", "encode", "load", "load_dataset", "logits", "segment", "summarise", "sweep", "variant",
-    "variants",
+    "Clip", "Labelling", "Protocol", "Readout", "Segmentation", "Site", "Trunk", "affinity", "attention",
+    "canonical", "compare", "datasets", "dense", "encode", "load", "load_dataset", "logits", "segment",
+    "summarise", "sweep", "variant", "variants",
 ]  # fmt: skip
 
 

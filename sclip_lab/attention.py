@@ -2,121 +2,32 @@
 
 A variant is a factory. It closes over its parameters and returns `site -> weights`, where `weights` broadcast to [b h n
 n] and row i holds what token i gathers from every token j; `sclip_lab.dense` applies them. Adding one takes a decorated
-function with defaults and a docstring that opens with the formula and its source. A *spec* names a variant as Python
-would call it, with literals only: "csa", "window(size=3)".
+function with defaults and a docstring that opens with the formula and its source. An argument `of` is another
+attention, a spec or a callable: variants compose, as in "sharpen(tau=2, of='csa')".
 
-Letters: b images, h heads, n tokens (CLS first), c width of a head; q k v [b h n c], and s the block's own scale (1 /
-sqrt(c)).
+Letters: b images, h heads, n tokens (CLS first), c width of a head, d width; x [b n d], q k v [b h n c], and s the
+block's own scale (1 / sqrt(c)).
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+import math
+from functools import lru_cache
+from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
+
+from sclip_lab.files import results
+from sclip_lab.registry import Attention, attention, variant
 
 if TYPE_CHECKING:
     from sclip_lab.trunk import Site
 
-Attention = Callable[["Site"], Tensor]
-
-_FACTORIES: dict[str, Callable[..., Attention]] = {}
-
-
-def variant(factory: Callable[..., Attention]) -> Callable[..., Attention]:
-    """Register a factory of attention under its own name; what it returns is named by its canonical spec.
-
-    Every parameter needs a default, so that the bare name is a spec. A name that is taken is an error, except that a
-    notebook may run its own cell again.
-    """
-    name = factory.__name__
-    if name in _FACTORIES and not factory.__module__ == _FACTORIES[name].__module__ == "__main__":
-        raise ValueError(f"variant {name!r} exists already in {_FACTORIES[name].__module__}: choose another name")
-    signature = inspect.signature(factory)
-    for parameter in signature.parameters.values():
-        if parameter.default is parameter.empty:
-            raise TypeError(f"parameter {parameter.name!r} of variant {name!r} has no default: give it one")
-
-    @wraps(factory)
-    def named(*args: Any, **kwargs: Any) -> Attention:
-        arguments = signature.bind(*args, **kwargs).arguments
-        attend = factory(*args, **kwargs)
-        attend.__name__ = _spell(name, arguments)
-        return attend
-
-    _FACTORIES[name] = named
-    return named
-
-
-def variants() -> tuple[str, ...]:
-    """Names of the registered variants, in the order of their definition."""
-    return tuple(_FACTORIES)
-
-
-def attention(spec: str | Attention) -> Attention:
-    """The attention that a spec names: `site -> weights`, broadcastable to [b h n n].
-
-    A callable passes through, a registered factory is called with its defaults.
-    Raises ValueError, in one line, for an unknown name, for code in a spec, and for arguments that the variant does not
-    take.
-    """
-    name = getattr(spec, "__name__", "")
-    if name in _FACTORIES and spec is _FACTORIES[name]:
-        spec = name
-    if isinstance(spec, str):
-        name, arguments = _parse(spec)
-        return _FACTORIES[name](**arguments)
-    if not callable(spec):
-        raise TypeError(f"attention {spec!r} is neither a spec such as 'csa' nor a callable(site) -> weights")
-    return spec
-
-
-def canonical(spec: str | Attention) -> str:
-    """The one spelling of a spec, key of results and label of plots: "csa()" -> "csa", "window(3)" -> "window(size=3)".
-
-    A callable is spelt by its `__name__`, or by its repr where it has none.
-    """
-    if isinstance(spec, str):
-        return _spell(*_parse(spec))
-    return getattr(spec, "__name__", None) or " ".join(repr(spec).split())
-
-
-def _spell(name: str, arguments: dict) -> str:
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})" if arguments else name
-
-
-def _parse(spec: str) -> tuple[str, dict]:
-    """Name and arguments, by keyword, of a spec."""
-    try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        if not isinstance(call.func, ast.Name):
-            raise ValueError
-        name = call.func.id
-        positional = [ast.literal_eval(value) for value in call.args]
-        keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if len(keywords) < len(call.keywords):
-            raise ValueError("a repeated argument")
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ValueError(
-            f"attention spec {spec!r} is not a name or a call with literals, such as 'csa' or 'window(size=3)'"
-        ) from None
-    if name not in _FACTORIES:
-        close = difflib.get_close_matches(name, _FACTORIES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown attention {name!r} in spec {spec!r}: {hint}registered are {', '.join(_FACTORIES)}")
-    signature = inspect.signature(_FACTORIES[name])
-    try:
-        return name, signature.bind(*positional, **keywords).arguments
-    except TypeError as error:
-        takes = ", ".join(f"{p.name}={p.default!r}" for p in signature.parameters.values())
-        raise ValueError(f"attention spec {spec!r}: {error}; expected {name}({takes})") from None
+TINY = torch.finfo(torch.float32).tiny
 
 
 def affinity(site: Site, a: Tensor, b: Tensor) -> Tensor:
@@ -182,3 +93,168 @@ def vv() -> Attention:
     MLP; here it takes the place of the layers that `dense` is told, the last by default.
     """
     return lambda site: affinity(site, site.v, site.v)
+
+
+# The projection (SCLIP's Table 2): correlation of x with itself under other projections than q and k
+
+
+@variant
+def projection(of: str = "identity") -> Attention:
+    """softmax(s p pᵀ) with p = x, or p = q, k, v
+
+    A single projection in the place of CSA's two (SCLIP's Table 2, arXiv:2312.01597). `of` "identity": the input of the
+    projections itself, ln_1 of the stream, cut into heads as q and k are. "q", "k", "v" are `qq`, `kk`, `vv`.
+    """
+    if of not in ("identity", "q", "k", "v"):
+        raise ValueError(f"projection of {of!r}: expected 'identity', 'q', 'k' or 'v'")
+
+    def attend(site: Site) -> Tensor:
+        p = site.heads(site.x) if of == "identity" else getattr(site, of)
+        return affinity(site, p, p)
+
+    return attend
+
+
+@variant
+def random(n: int = 1, seed: int = 0) -> Attention:
+    """1/n Σᵢ softmax(s pᵢ pᵢᵀ), pᵢ = x Wᵢ, with Wᵢ drawn from N(0, 1/d)
+
+    SCLIP's ensemble of n random projections (Table 2, arXiv:2312.01597). The paper does not say how they are drawn nor
+    what is averaged: here each keeps the length of x on average, and the softmaxes are averaged. With one seed, a
+    larger ensemble holds the smaller one.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"random n={n!r}: expected a number of matrices, at least 1")
+
+    @lru_cache(maxsize=1)
+    def matrices(d: int) -> Tensor:
+        return torch.randn(n, d, d, generator=torch.Generator().manual_seed(seed)) / math.sqrt(d)
+
+    def attend(site: Site) -> Tensor:
+        projected = (site.heads(site.x @ matrix) for matrix in matrices(site.x.shape[-1]).to(site.x))
+        return sum((affinity(site, p, p) for p in projected), start=torch.zeros(())) / n
+
+    return attend
+
+
+@variant
+def learned(path: str | PathLike[str] | None = None) -> Attention:
+    """softmax(s p pᵀ), p = x Wᵀ + b with W and b learned from labels
+
+    SCLIP's learned projection (Table 2, arXiv:2312.01597: 64 samples of the training split), as `sclip_lab.fit` makes
+    it. `path`: a safetensors file with weight [d d] and bias [d], as seen from the folder of results. None: not
+    learned yet, W_q, from which the training starts.
+    """
+    tensors = _projection(path) if path else None
+
+    def attend(site: Site) -> Tensor:
+        if tensors is None:
+            return affinity(site, site.q, site.q)
+        d = site.x.shape[-1]
+        if tensors["weight"].shape != (d, d):
+            expected = f"expected {[d, d]}: it was learned for another tower"
+            raise ValueError(f"learned projection {path} is {list(tensors['weight'].shape)}, {expected}")
+        p = site.heads(F.linear(site.x, tensors["weight"].to(site.x), tensors["bias"].to(site.x)))
+        return affinity(site, p, p)
+
+    return attend
+
+
+def _projection(path: str | PathLike[str]) -> dict[str, Tensor]:
+    file = results() / path
+    if not file.is_file():
+        raise FileNotFoundError(f"no learned projection at {path}: make it with sclip_lab.fit")
+    tensors = load_file(file)
+    if missing := {"weight", "bias"} - set(tensors):
+        raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}: expected a file that sclip_lab.fit made")
+    return tensors
+
+
+# Localisation (SCLIP's Table 3): is it enough that patches look near, or hard?
+
+
+@variant
+def sharpen(tau: float = 2.0, of: str | Attention = "vanilla") -> Attention:
+    """softmax(τ s q kᵀ), for any other attention A its power A^τ with rows brought back to their sums
+
+    Attention sharpening (SCLIP's Table 3, arXiv:2312.01597). The paper does not say whether τ multiplies the logits or
+    divides them; here it MULTIPLIES, so that more is sharper, 1 changes nothing, and 1/τ is the other reading.
+    """
+    if not 0 < tau < math.inf:
+        raise ValueError(f"sharpen tau={tau!r}: expected a positive number; above 1 sharpens, below 1 smooths")
+    attend = attention(of)
+
+    def sharper(site: Site) -> Tensor:
+        weights = attend(site)
+        peak = weights.amax(-1, keepdim=True).float().clamp_min(TINY)  # that high powers do not underflow
+        return _scaled((weights.float() / peak) ** tau, weights)
+
+    return sharper
+
+
+@variant
+def window(size: int = 3, of: str | Attention = "vanilla") -> Attention:
+    """softmax(s q kᵀ) over the size × size patches around the query, for any other attention its restriction to them
+
+    Local window attention (SCLIP's Table 3, arXiv:2312.01597, does not say more). Windows are cut at the border, rows
+    keep their sums; CLS sees itself alone and no patch sees it, so that size 1 is MaskCLIP's `identity`.
+    """
+    if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        raise ValueError(f"window size={size!r}: expected an odd number of patches, such as 3")
+    attend = attention(of)
+
+    def near(site: Site) -> Tensor:
+        weights = attend(site)
+        place = torch.cartesian_prod(*map(torch.arange, site.grid))  # p 2
+        apart = (place[:, None] - place[None]).abs().amax(-1)  # p p
+        seen = torch.block_diag(torch.ones(1, 1), apart <= size // 2).to(weights.device)  # n n
+        return _scaled(weights.float() * seen, weights)
+
+    return near
+
+
+@variant
+def borrow(layer: int = 2, of: str | Attention = "vanilla") -> Attention:
+    """softmax(s qₗ kₗᵀ) of an earlier layer l
+
+    Early-layer attention (SCLIP's Table 3, arXiv:2312.01597). The paper's "layer #3" may count from 0 or from 1; here
+    `layer` counts from 0, and from the end by negative numbers, so that the default is the third block and -1 the last.
+    """
+    attend = attention(of)
+    return lambda site: attend(site.at(layer))
+
+
+@variant
+def blend(a: str | Attention = "qq", b: str | Attention = "kk", weight: float = 0.5) -> Attention:
+    """(1 - w) A + w B
+
+    Any two attentions mixed. The default is CSA with the mean of its halves instead of their sum, the choice that
+    SCLIP's author calls "just a temperature" (arXiv:2312.01597, issue 6 of its repository).
+    """
+    first, second = attention(a), attention(b)
+    return lambda site: (1 - weight) * first(site) + weight * second(site)
+
+
+@variant
+def heads(keep: int | tuple[int, ...] | None = None, of: str | Attention = "csa") -> Attention:
+    """A in the heads that are kept, 0 in the others
+
+    What single heads contribute (as in Michel, Levy, Neubig, NeurIPS 2019, arXiv:1905.10650, by pruning). None keeps
+    all. Before the output projection the heads one by one add up to the whole; a gain makes up for those left out.
+    """
+    attend = attention(of)
+
+    def kept(site: Site) -> Tensor:
+        count = site.v.shape[1]
+        chosen = range(count) if keep is None else [keep] if isinstance(keep, int) else keep
+        if wrong := [head for head in chosen if not 0 <= head < count]:
+            raise ValueError(f"heads keep={keep!r}: no head {wrong[0]}, expected 0 to {count - 1}")
+        weights = attend(site)
+        return weights * torch.isin(torch.arange(count), torch.tensor(chosen)).to(weights)[:, None, None]
+
+    return kept
+
+
+def _scaled(weights: Tensor, like: Tensor) -> Tensor:
+    """Rows of `weights`, float32, brought to the sums of the rows of `like`, in its dtype; empty rows stay empty."""
+    return (F.normalize(weights, p=1, dim=-1, eps=TINY) * like.sum(-1, keepdim=True).float()).to(like.dtype)

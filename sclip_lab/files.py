@@ -14,6 +14,11 @@ def home() -> Path:
     return checkout if (checkout / "data").is_dir() else Path.cwd()
 
 
+def results() -> Path:
+    """The folder of stored results: SCLIP_RESULTS, else data/results under `home()`."""
+    return Path(folder).expanduser() if (folder := os.environ.get("SCLIP_RESULTS")) else home() / "data" / "results"
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, to be written: it takes `path`'s name on success and is removed on failure.

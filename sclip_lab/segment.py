@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclip_lab.attention import Attention
 from sclip_lab.clip import Clip, load
 from sclip_lab.files import replacing
 from sclip_lab.images import MEAN, STD, Source, pixels, read
 from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol, Stitched, stitch, windows
+from sclip_lab.registry import Attention
 from sclip_lab.text import queries as embed
 from sclip_lab.trunk import Readout, Trunk, dense, encode
 

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from sclip_lab.attention import Attention, canonical
 from sclip_lab.clip import Clip, load
 from sclip_lab.datasets import Dataset, load_dataset
 from sclip_lab.metrics import bootstrap, counts, miou
 from sclip_lab.protocol import Protocol, Stitched
+from sclip_lab.registry import Attention, canonical
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import Queries, queries
 from sclip_lab.trunk import Readout

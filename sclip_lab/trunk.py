@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sclip_lab.attention import Attention, canonical
-from sclip_lab.attention import attention as resolve
+from sclip_lab.registry import Attention, canonical
+from sclip_lab.registry import attention as resolve
 
 if TYPE_CHECKING:
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -65,11 +65,15 @@ class Site:
         """What the projections read, ln_1(stream): [b n d]."""
         return self.block.ln_1(self.stream)
 
+    def heads(self, y: Tensor) -> Tensor:
+        """Cut into heads as the projections are: [b n d] -> [b h n c]."""
+        return y.unflatten(-1, (self.block.attn.num_heads, -1)).transpose(1, 2)
+
     @cached_property
     def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         attention = self.block.attn
         qkv = F.linear(self.x, attention.in_proj_weight, attention.in_proj_bias)  # [b n 3d]
-        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3 b h n c]
+        q, k, v = map(self.heads, qkv.chunk(3, dim=-1))  # [b h n c] each
         if getattr(attention, "logit_scale", None) is not None:
             return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
         return _maybe(attention, "ln_q")(q), _maybe(attention, "ln_k")(k), v

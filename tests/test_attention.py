@@ -1,29 +1,19 @@
-"""Contracts over the registry, so that a new variant is tested by existing; the authors' own weights; specs."""
+"""Contracts over the registry, so that a new variant is tested by existing; equivalences; the authors' own weights."""
 
 import copy
 import json
 import re
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE
+from safetensors.torch import save_file
 
-from sclip_lab.attention import _FACTORIES, attention, canonical, csa, variant, variants
 from sclip_lab.protocol import Protocol, windows
+from sclip_lab.registry import _FACTORIES, attention, canonical, variants
 from sclip_lab.trunk import encode
-
-
-@pytest.fixture
-def registry():
-    """The registry, restored afterwards."""
-    before = dict(_FACTORIES)
-    yield _FACTORIES
-    _FACTORIES.clear()
-    _FACTORIES.update(before)
 
 
 @pytest.mark.parametrize("name", variants())
@@ -101,128 +91,121 @@ def test_csa_adds_to_two(visual, pixels):
     torch.testing.assert_close(weights.sum(-1), torch.full(weights.shape[:-1], 2.0))
 
 
-def test_a_callable_passes_through_and_a_factory_stands_for_its_bare_name(visual, pixels):
-    def mine(site):
-        return site.q
-
-    assert attention(mine) is mine
-    assert canonical(mine) == "mine"
+@pytest.mark.parametrize(
+    ("spec", "same"),
+    [
+        ("window(size=1)", "identity"),
+        ("window(size=1, of='qq')", "identity"),
+        ("sharpen(tau=1)", "vanilla"),
+        ("sharpen(tau=1, of='csa')", "csa"),
+        ("sharpen(tau=1e4, of='identity')", "identity"),
+        ("sharpen(tau=2, of='sharpen(tau=3)')", "sharpen(tau=6)"),
+        ("borrow(layer=-1)", "vanilla"),
+        ("borrow(layer=-1, of='csa')", "csa"),
+        ("blend('csa', 'kk', 0)", "csa"),
+        ("blend('csa', 'kk', 1)", "kk"),
+        ("projection('q')", "qq"),
+        ("projection('k')", "kk"),
+        ("projection('v')", "vv"),
+        ("learned", "qq"),
+        ("heads", "csa"),
+        ("heads(keep=(0, 1), of='identity')", "identity"),
+    ],
+)
+def test_equivalences(spec, same, visual, pixels):
     site = encode(visual, pixels).site()
-    assert attention(csa)(site).equal(attention("csa")(site))
-    assert canonical(attention(csa)) == canonical(csa) == canonical(csa()) == "csa"
-    assert canonical(torch.nn.Linear(2, 3)) == "Linear(in_features=2, out_features=3, bias=True)"
+    found, expected = (attention(name)(site).expand(*site.v.shape[:3], -1) for name in (spec, same))
+    torch.testing.assert_close(found, expected)
+
+
+def test_csa_is_twice_the_mean_of_its_halves(visual, pixels):
+    site = encode(visual, pixels).site()
+    torch.testing.assert_close(attention("csa")(site), 2 * attention("blend")(site))
+
+
+def test_a_temperature_is_a_power(visual, pixels):
+    site = encode(visual, pixels).site()
+    expected = (0.3 * site.scale * site.q @ site.k.mT).softmax(-1)
+    torch.testing.assert_close(attention("sharpen(tau=0.3)")(site), expected)
+
+
+def test_a_window_is_torchs_masked_attention(visual, pixels):
+    site = encode(visual, pixels).site()
+    rows, cols = site.grid
+    hidden = torch.ones(1 + rows * cols, 1 + rows * cols, dtype=torch.bool)
+    hidden[0, 0] = False
+    for y, x in np.ndindex(rows, cols):
+        for v, u in np.ndindex(rows, cols):
+            hidden[1 + y * cols + x, 1 + v * cols + u] = max(abs(y - v), abs(x - u)) > 2
+    _, expected = site.block.attn(site.x, site.x, site.x, attn_mask=hidden, average_attn_weights=False)
+    torch.testing.assert_close(attention("window(size=5)")(site), expected)
+
+
+def test_a_borrowed_layer_is_that_layers_own(visual, pixels):
+    trunk = encode(visual, pixels)
+    for layer in range(len(trunk.sites)):
+        borrowed = attention(f"borrow({layer}, of='csa')")(trunk.site())
+        assert borrowed.equal(attention("csa")(trunk.site(layer)))
+
+
+def test_heads_one_by_one_add_up_before_the_output_projection(visual, pixels):
+    site = encode(visual, pixels).site()
+    count = site.v.shape[1]
+    parts = [attention(f"heads(keep={head}, of='vanilla')")(site) @ site.v for head in range(count)]
+    torch.testing.assert_close(sum(parts), attention("vanilla")(site) @ site.v)
+    for head, part in enumerate(parts):
+        assert [bool(out.any()) for out in part.unbind(1)] == [other == head for other in range(count)]
+
+
+def test_an_ensemble_is_the_mean_of_its_members(visual, pixels):
+    site = encode(visual, pixels).site()
+    one, two = (attention(f"random(n={n}, seed=5)")(site) for n in (1, 2))
+    torch.manual_seed(5)
+    members = []
+    for _ in range(2):
+        p = (site.x @ torch.randn(site.x.shape[-1], site.x.shape[-1]) / site.x.shape[-1] ** 0.5).chunk(2, dim=-1)
+        members.append(torch.stack([(site.scale * head @ head.mT).softmax(-1) for head in p], dim=1))
+    torch.testing.assert_close(one, members[0])
+    torch.testing.assert_close(two, (members[0] + members[1]) / 2)
+    assert not attention("random(seed=6)")(site).allclose(one)
 
 
 @pytest.fixture
-def window(registry):
-    @variant
-    def window(size=3, soft=False):
-        return lambda site: torch.full((1,), float(size))
-
-    return window
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path))
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("csa()", "csa"),
-        (" csa ", "csa"),
-        ("window( size = 3 )", "window(size=3)"),
-        ("window(5)", "window(size=5)"),
-        ("window(soft=True, size=-1)", "window(size=-1, soft=True)"),
-        ("window('a')", "window(size='a')"),
-    ],
-)
-def test_canonical(spec, expected, window):
-    assert canonical(spec) == expected == canonical(expected)
-
-
-def test_the_arguments_of_a_spec_reach_the_factory(window):
-    assert attention("window(size=7)")(None) == attention(window(7))(None) == 7
+def test_a_learned_projection_set_to_the_queries_is_qq(results, visual, pixels):
+    site = encode(visual, pixels).site()
+    weight, bias = (
+        p.detach().chunk(3)[0].contiguous() for p in (site.block.attn.in_proj_weight, site.block.attn.in_proj_bias)
+    )
+    save_file({"weight": weight, "bias": bias}, results / "q.safetensors")
+    torch.testing.assert_close(attention("learned('q.safetensors')")(site), attention("qq")(site))
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cas", "unknown attention 'cas'.*did you mean 'csa'.*vanilla, identity"),
-        ("", "''.*name or a call"),
-        ("csa(", r"'csa\('.*name or a call"),
-        ("csa + kk", "name or a call with literals"),
-        ("sclip.csa", "name or a call with literals"),
-        ("window(size=__import__('os').getpid())", "name or a call with literals"),
-        ("window(size=n)", "name or a call with literals"),
-        ("window(**{'size': 3})", r"unexpected.*'\*\*'"),
-        ("window(size=3, size=4)", "name or a call with literals"),
-        ("(lambda: 0)()", "name or a call with literals"),
-        ("csa(3)", r"csa\(3\).*too many.*expected csa\(\)"),
-        ("window(width=3)", r"unexpected.*'width'.*expected window\(size=3, soft=False\)"),
+        ("projection('x')", "projection of 'x': expected 'identity', 'q', 'k' or 'v'"),
+        ("random(n=0)", "random n=0: expected a number of matrices"),
+        ("sharpen(tau=0)", "sharpen tau=0: expected a positive number"),
+        ("sharpen(of='cas')", "unknown attention 'cas'"),
+        ("window(size=4)", "window size=4: expected an odd number"),
+        ("heads(keep=9)", "heads keep=9: no head 9, expected 0 to 1"),
+        ("learned('small.safetensors')", r"small.safetensors is \[2, 2\], expected \[128, 128\]"),
+        ("learned('empty.safetensors')", "empty.safetensors holds no bias and no weight"),
     ],
 )
-def test_a_bad_spec_is_refused_in_one_line(spec, message, window):
-    for read in (attention, canonical):
-        with pytest.raises(ValueError, match=message) as error:
-            read(spec)
-        assert "\n" not in str(error.value)
+def test_what_a_variant_cannot_do_is_one_line(spec, message, results, visual, pixels):
+    save_file({"weight": torch.eye(2), "bias": torch.zeros(2)}, results / "small.safetensors")
+    save_file({"other": torch.eye(2)}, results / "empty.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        attention(spec)(encode(visual, pixels).site())
+    assert "\n" not in str(error.value)
 
 
-def test_what_is_neither_spec_nor_callable_is_refused():
-    with pytest.raises(TypeError, match="3 is neither a spec"):
-        attention(3)
-
-
-def test_a_variant_is_registered_once_by_its_name_and_has_defaults(registry):
-    def csa():
-        return lambda site: site.q
-
-    def mine():
-        return lambda site: site.q
-
-    with pytest.raises(ValueError, match=r"'csa' exists already in sclip_lab\.attention"):
-        variant(csa)
-
-    variant(mine)
-    with pytest.raises(ValueError, match="'mine' exists already in test_attention"):
-        variant(mine)
-
-    def fresh(size):
-        return lambda site: site.q
-
-    with pytest.raises(TypeError, match="'size' of variant 'fresh' has no default"):
-        variant(fresh)
-    assert "fresh" not in variants()
-
-
-def test_a_notebook_may_run_its_cell_again(registry):
-    source = "def mine(size={}):\n    return lambda site: size"
-    for size in (1, 2):
-        cell = {"__name__": "__main__"}
-        exec(source.format(size), cell)
-        variant(cell["mine"])
-    assert attention("mine")(None) == 2
-
-
-def test_names_shared_by_function_and_module_mean_the_function_in_every_order_of_import():
-    orders = [
-        "import sclip_lab",
-        "import sclip_lab.attention, sclip_lab.datasets, sclip_lab.segment, sclip_lab.sweep",
-        "import sclip_lab.trunk, sclip_lab.attention",
-        "from sclip_lab.attention import csa",
-        "from sclip_lab import attention\nimport sclip_lab.datasets",
-        "import importlib; importlib.import_module('sclip_lab.attention')",
-    ]
-    script = """
-import sys
-for order in ORDERS:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sclip_lab"]:
-        del sys.modules[name]
-    exec(order, {})
-    import sclip_lab
-    from sclip_lab.attention import csa
-    assert sclip_lab.attention("csa").__name__ == csa().__name__ == "csa", order
-    for name in sclip_lab.__all__:
-        assert callable(getattr(sclip_lab, name)), (order, name)
-    assert sclip_lab.scenes.NAMES, order
-assert "open_clip" not in sys.modules
-"""
-    run = subprocess.run([sys.executable, "-c", script.replace("ORDERS", repr(orders))], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_a_missing_projection_names_what_makes_it(results):
+    with pytest.raises(FileNotFoundError, match=r"no learned projection at other.safetensors: make it with"):
+        attention("learned('other.safetensors')")

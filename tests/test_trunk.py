@@ -9,7 +9,8 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 
-from sclip_lab.attention import affinity, attention
+from sclip_lab.attention import affinity
+from sclip_lab.registry import attention
 from sclip_lab.trunk import Readout, dense, encode
 
 GRIDS = {"native": (4, 4), "wide": (3, 7), "large": (9, 6), "as many patches as native": (2, 8), "one patch": (1, 1)}

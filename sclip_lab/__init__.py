@@ -13,7 +13,8 @@ from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol
 from sclip_lab.registry import attention, canonical, variant, variants
 from sclip_lab.segment import Segmentation, logits, segment
-from sclip_lab.sweep import compare, summarise, sweep
+from sclip_lab.summary import compare, summarise
+from sclip_lab.sweep import sweep
 from sclip_lab.trunk import Readout, Site, Trunk, dense, encode
 
 __all__ = [

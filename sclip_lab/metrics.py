@@ -8,6 +8,8 @@ takes weights [... n n] and gives one number per map [...]; weights of shape [b 
 Average the heads first (`weights.mean(1)`) for the map of a whole layer.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -74,9 +76,15 @@ def _resampled(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Counts [images classes 3] -> counts [s classes 3] of as many data sets of the same size."""
     if np.ndim(counts) != 3 or len(counts) == 0:
         raise ValueError(f"counts of shape {list(np.shape(counts))}: expected [images classes 3], at least one image")
-    images = len(counts)
-    times = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)  # s images
-    return (times.astype(np.float64) @ counts.reshape(images, -1)).reshape(samples, *counts.shape[1:])
+    times = _multiplicities(len(counts), samples, seed)
+    return (times @ counts.reshape(len(counts), -1)).reshape(samples, *counts.shape[1:])
+
+
+@lru_cache(maxsize=8)
+def _multiplicities(images: int, samples: int, seed: int) -> np.ndarray:
+    """How often each image is drawn into each sample, [s images]."""
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
+    return drawn.astype(np.float64)
 
 
 def mean(values: ArrayLike, level: float = 0.95, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:

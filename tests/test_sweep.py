@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import confusion_matrix
 
-from sclip_lab import Clip, Protocol, compare, load, load_dataset, segment, summarise, sweep
-from sclip_lab.sweep import CELL
+from sclip_lab import Clip, Protocol, load, load_dataset, segment, summarise, sweep
+from sclip_lab.store import CELL
 
 LIMIT, PROTOCOL = 3, Protocol(96, 96, 48)
 SETS = ("scenes-full", "scenes-background", "scenes-things")
@@ -53,26 +53,6 @@ def test_one_row_per_cell_image_and_class(frame: pd.DataFrame) -> None:
     assert (frame["intersection"] <= frame[["predicted", "true"]].min(axis=1)).all()
 
 
-def test_compare_is_the_difference_of_the_summaries(frame: pd.DataFrame) -> None:
-    table = summarise(frame).set_index(["attention", "dataset", "readout"])["miou"]
-    found = compare(frame, "csa()", "identity").set_index(["dataset", "readout"])
-    assert found["difference"].to_dict() == pytest.approx((table["csa"] - table["identity"]).to_dict())
-    same = compare(frame, "csa", "csa")
-    assert (same[["difference", "low", "high"]] == 0).all(axis=None)
-
-
-def test_percentages_are_plain_numbers(frame: pd.DataFrame) -> None:
-    numbers = [summarise(frame)["miou"], compare(frame, "csa", "identity")["difference"]]
-    assert [column.dtype for column in numbers] == [np.float64] * 2
-
-
-def test_order_of_images_and_rows_does_not_matter(frame: pd.DataFrame) -> None:
-    shuffled = frame.sample(frac=1, random_state=0)
-    keys = ["dataset", "attention", "readout"]
-    expected, found = (summarise(rows).sort_values(keys).reset_index(drop=True) for rows in (frame, shuffled))
-    pd.testing.assert_frame_equal(found, expected)
-
-
 def test_a_callable_is_an_attention(clip: Clip, frame: pd.DataFrame) -> None:
     def mine(site):
         return (site.scale * site.q @ site.q.mT).softmax(-1) + (site.scale * site.k @ site.k.mT).softmax(-1)
@@ -82,6 +62,8 @@ def test_a_callable_is_an_attention(clip: Clip, frame: pd.DataFrame) -> None:
     assert (own["attention"], own["miou"]) == ("mine", table.loc[("scenes-full", "csa", "full"), "miou"])
 
 
-def test_what_was_not_measured_is_one_line(frame: pd.DataFrame) -> None:
-    with pytest.raises(ValueError, match=r"no rows of \['vanilla'\]: measured were \['csa', 'identity'\]"):
-        compare(frame, "csa", "vanilla")
+def test_what_was_asked_comes_in_the_order_of_the_asking(clip: Clip) -> None:
+    frame = sweep(clip, ["scenes-things", "scenes-full"], ["kk", "csa", "kk"], PROTOCOL, limit=2)
+    assert list(frame["attention"].unique()) == ["kk", "csa"]
+    assert list(frame["dataset"].unique()) == ["scenes-things", "scenes-full"]
+    assert not frame.duplicated([*CELL, "image", "class"]).any()

@@ -25,6 +25,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("plots", "scenes"):  # on demand: plots imports seaborn
+    if name in ("charts", "plots", "scenes"):  # on demand: they import seaborn
         return import_module(f"sclip_lab.{name}")
     raise AttributeError(f"module 'sclip_lab' has no attribute {name!r}")

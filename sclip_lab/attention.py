@@ -99,17 +99,17 @@ def vv() -> Attention:
 
 
 @variant
-def projection(of: str = "identity") -> Attention:
+def projection(by: str = "identity") -> Attention:
     """softmax(s p pᵀ) with p = x, or p = q, k, v
 
-    A single projection in the place of CSA's two (SCLIP's Table 2, arXiv:2312.01597). `of` "identity": the input of the
+    A single projection in the place of CSA's two (SCLIP's Table 2, arXiv:2312.01597). `by` "identity": the input of the
     projections itself, ln_1 of the stream, cut into heads as q and k are. "q", "k", "v" are `qq`, `kk`, `vv`.
     """
-    if of not in ("identity", "q", "k", "v"):
-        raise ValueError(f"projection of {of!r}: expected 'identity', 'q', 'k' or 'v'")
+    if by not in ("identity", "q", "k", "v"):
+        raise ValueError(f"projection by {by!r}: expected 'identity', 'q', 'k' or 'v'")
 
     def attend(site: Site) -> Tensor:
-        p = site.heads(site.x) if of == "identity" else getattr(site, of)
+        p = site.heads(site.x) if by == "identity" else getattr(site, by)
         return affinity(site, p, p)
 
     return attend

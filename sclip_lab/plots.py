@@ -1,6 +1,6 @@
-"""Pictures of label maps, attention and features, and of what was measured on them.
+"""Pictures of label maps, attention and features. What was measured on them is drawn in `charts`.
 
-Axes-level functions: arrays or a tidy DataFrame in, `ax` where there is one (else the current axes), the Axes out.
+Axes-level functions: arrays in, `ax` where there is one (else the current axes), the Axes out.
 None changes what it is given or matplotlib's settings. Colours are chosen to be told apart by deuteranopes too.
 
 Letters: H W image, p patches, d width of a feature.
@@ -8,26 +8,24 @@ Letters: H W image, p patches, d width of a feature.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.decomposition import PCA
 
+from sclip_lab.charts import BESIDE, layers  # noqa: F401
 from sclip_lab.files import home, replacing
 
 Pair = tuple[int, int]  # rows and columns of a grid of patches, or row and column of a patch
 
 IGNORE, GREY = 255, (0.8, 0.8, 0.8)
 FIRST = [2, 9, 0, 8, 3, 5, 6, 1, 4]  # green, light blue, blue, yellow ...: grass, sky, water, sand ... of the scenes
-BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0, "frameon": False}
 SOURCE_COLOURS = ("#ff5c2b", "#2ba8ff", "#ffc400", "#ff6fd0", "#34d39b")
 
 
@@ -148,36 +146,6 @@ def features_as_colours(features: Sequence[np.ndarray], grid: Pair) -> list[np.n
     low, high = np.percentile(components, [1, 99], axis=0)
     colours = ((components - low) / (high - low)).clip(0, 1)
     return [part.reshape(*grid, 3) for part in np.split(colours, len(features))]
-
-
-def layers(frame: pd.DataFrame, measure: str, ax: Axes | None = None, legend: bool = True) -> Axes:
-    """A measure against `layer`, a line per `attention`: mean over images (rows) and its 95 % bootstrap interval."""
-    ax = ax or plt.gca()
-    style: dict[str, Any] = {"hue": "attention", "style": "attention", "palette": "colorblind", "dashes": False}
-    sns.lineplot(frame, x="layer", y=measure, n_boot=500, seed=0, markers=True, legend=legend, ax=ax, **style)
-    ax.set_xticks(sorted(frame["layer"].unique()))
-    sns.despine(ax=ax)
-    if legend:
-        sns.move_legend(ax, title=None, **BESIDE)
-    return ax
-
-
-def intervals(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """`miou` of each `dataset` (a row) and `method` (a colour), and its interval from `low` to `high`, where known."""
-    ax = ax or plt.gca()
-    frame = frame.reindex(columns=["dataset", "method", "miou", "low", "high"])
-    datasets, methods = list(frame["dataset"].unique()), list(frame["method"].unique())
-    for place, colour in enumerate(sns.color_palette("colorblind", len(methods))):
-        part = frame[frame["method"] == methods[place]]
-        rows = part["dataset"].map(datasets.index) + 0.2 * (place - (len(methods) - 1) / 2)
-        ends = [part["miou"] - part["low"], part["high"] - part["miou"]]
-        ax.errorbar(part["miou"], rows, xerr=ends, fmt="o", color=colour, label=methods[place])
-    ax.set(xlabel="mIoU, %", xlim=(0, 100), ylim=(len(datasets) - 0.5, -0.5))
-    ax.set_yticks(range(len(datasets)), datasets)
-    ax.grid(axis="x", alpha=0.4)
-    sns.despine(ax=ax, left=True)
-    ax.legend(**BESIDE)
-    return ax
 
 
 def _colours(labels: np.ndarray, names: Sequence[str]) -> np.ndarray:

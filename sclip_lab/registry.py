@@ -81,6 +81,20 @@ def canonical(spec: str | Attention) -> str:
     return getattr(spec, "__name__", None) or " ".join(repr(spec).split())
 
 
+def base(spec: str) -> str:
+    """The variant that a spec starts from: what it is made `of`, if it is made of another, else its own name.
+
+    "window(size=3)" -> "vanilla", "sharpen(2, of='csa')" -> "csa", "random(n=8)" -> "random". What is no spec of a
+    registered variant is returned as it is.
+    """
+    try:
+        name, arguments = _parse(spec)
+    except ValueError:
+        return spec
+    parameter = inspect.signature(_FACTORIES[name]).parameters.get("of")
+    return base(arguments.get("of", parameter.default)) if parameter else name
+
+
 def _spell(name: str, arguments: dict) -> str:
     written = {key: canonical(value) if callable(value) else repr(value) for key, value in arguments.items()}
     return f"{name}({', '.join(f'{key}={value}' for key, value in written.items())})" if arguments else name

@@ -188,7 +188,7 @@ def test_a_learned_projection_set_to_the_queries_is_qq(results, visual, pixels):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("projection('x')", "projection of 'x': expected 'identity', 'q', 'k' or 'v'"),
+        ("projection('x')", "projection by 'x': expected 'identity', 'q', 'k' or 'v'"),
         ("random(n=0)", "random n=0: expected a number of matrices"),
         ("sharpen(tau=0)", "sharpen tau=0: expected a positive number"),
         ("sharpen(of='cas')", "unknown attention 'cas'"),

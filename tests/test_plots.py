@@ -2,7 +2,6 @@
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -141,26 +140,6 @@ def test_like_features_have_like_colours_in_all_maps_whatever_their_order_and_le
     (shuffled,) = plots.features_as_colours([features[order]], (15, 20))
     np.testing.assert_allclose(alone.reshape(300, 3)[order], shuffled.reshape(300, 3), atol=1e-9)
     assert [(alone == end).sum(axis=(0, 1)).tolist() for end in (0, 1)] == [[3, 3, 3]] * 2  # 1 % at either end
-
-
-def test_layers_draws_the_mean_over_images_of_each_attention(ax):
-    frame = pd.DataFrame({"attention": ["csa"] * 4 + ["qq"] * 4, "layer": [0, 0, 1, 1] * 2, "entropy": range(8)})
-    assert plots.layers(frame, "entropy", ax) is ax
-    assert [line.get_ydata().tolist() for line in ax.lines[:2]] == [[0.5, 2.5], [4.5, 6.5]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["csa", "qq"]
-    assert plots.layers(frame, "entropy", Figure().subplots(), legend=False).get_legend() is None
-
-
-def test_intervals_reach_from_low_to_high_and_are_absent_where_unknown(ax):
-    known = {"dataset": ["a", "b"], "method": ["CLIP", "CLIP"], "miou": [10.0, 20.0]}
-    plots.intervals(pd.DataFrame(known | {"low": [9, 18], "high": [12, 21]}), ax)
-    (points,) = ax.containers
-    assert points.lines[0].get_xdata().tolist() == [10, 20]
-    bars = points.lines[2][0].get_segments()
-    assert [bar[:, 0].tolist() for bar in bars] == [[9, 12], [18, 21]]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    bare = plots.intervals(pd.DataFrame(known), Figure().subplots())
-    assert not np.concatenate(bare.containers[0].lines[2][0].get_segments()).size
 
 
 def test_a_figure_is_saved_whole_or_not_at_all_and_twice_the_same(tmp_path, monkeypatch, ax):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sclip_lab.attention import csa
-from sclip_lab.registry import _FACTORIES, attention, canonical, variant, variants
+from sclip_lab.registry import _FACTORIES, attention, base, canonical, variant, variants
 from sclip_lab.trunk import encode
 
 
@@ -145,3 +145,20 @@ assert "open_clip" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", script.replace("ORDERS", repr(orders))], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("csa", "csa"),
+        ("random(n=8, seed=1)", "random"),
+        ("projection('identity')", "projection"),
+        ("window", "vanilla"),
+        ("sharpen(2, of='csa')", "csa"),
+        ("""sharpen(2, "window(of='kk')")""", "kk"),
+        ("blend", "blend"),
+        ("no spec at all", "no spec at all"),
+    ],
+)
+def test_base(spec, expected):
+    assert base(spec) == expected

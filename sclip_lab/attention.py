@@ -128,7 +128,8 @@ def random(n: int = 1, seed: int = 0) -> Attention:
 
     @lru_cache(maxsize=1)
     def matrices(d: int) -> Tensor:
-        return torch.randn(n, d, d, generator=torch.Generator().manual_seed(seed)) / math.sqrt(d)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack([torch.randn(d, d, generator=generator) for _ in range(n)]) / math.sqrt(d)
 
     def attend(site: Site) -> Tensor:
         projected = (site.heads(site.x @ matrix) for matrix in matrices(site.x.shape[-1]).to(site.x))
@@ -228,8 +229,8 @@ def borrow(layer: int = 2, of: str | Attention = "vanilla") -> Attention:
 def blend(a: str | Attention = "qq", b: str | Attention = "kk", weight: float = 0.5) -> Attention:
     """(1 - w) A + w B
 
-    Any two attentions mixed. The default is CSA with the mean of its halves instead of their sum, the choice that
-    SCLIP's author calls "just a temperature" (arXiv:2312.01597, issue 6 of its repository).
+    Any two attentions mixed. The default is CSA with the mean of its halves instead of their sum, a choice
+    that, as its author has it, only changes a temperature (arXiv:2312.01597, issue 6 of its repository).
     """
     first, second = attention(a), attention(b)
     return lambda site: (1 - weight) * first(site) + weight * second(site)

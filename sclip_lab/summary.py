@@ -77,3 +77,9 @@ def _counts(part: pd.DataFrame) -> np.ndarray:
 def _percent(frame: pd.DataFrame) -> pd.DataFrame:
     numbers = [column for column in ("miou", "difference", "low", "high") if column in frame]
     return frame.assign(**{column: 100 * frame[column] for column in numbers})
+
+
+def written(table: pd.DataFrame) -> pd.Series:
+    """Each row's mIoU or difference with its interval, as text: "51.9 [50.2, 53.6]"."""
+    value = "miou" if "miou" in table else "difference"
+    return table.apply(lambda row: f"{row[value]:.1f} [{row['low']:.1f}, {row['high']:.1f}]", axis=1)

@@ -9,10 +9,13 @@ from itertools import chain
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from sclip_lab import canonical
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -84,8 +87,17 @@ def test_make_without_a_target_helps_with_every_target():
     assert set(re.findall(r"^  ([a-z]+) +\S", shown, re.M)) == targets
 
 
-def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(len(NOTEBOOKS))] != []
+def test_notebooks_have_numbers_of_their_own_and_figures_those_of_a_notebook():
+    numbers = [path.name[:2] for path in NOTEBOOKS]
+    assert "00" in numbers
+    assert len(set(numbers)) == len(numbers)
+    assert {path.name[:2] for path in (ROOT / "figures").glob("*.png")} <= set(numbers)
+
+
+def test_published_rows_name_attentions_that_exist():
+    published = pd.read_csv(ROOT / "data" / "paper.csv")["attention"].dropna()
+    assert len(published) > 50
+    assert all(canonical(spec) == spec for spec in published.unique())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from sclip_lab import Protocol, compare, summarise, sweep
+from sclip_lab.summary import written
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,12 @@ def test_an_interval_is_paired(frame: pd.DataFrame) -> None:
     expected = np.quantile(drawn, [0.025, 0.975])
     found = compare(one, "csa", "identity").iloc[0]
     np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.5)
+
+
+def test_numbers_are_written_with_their_interval() -> None:
+    numbers = {"low": [9.96, -1.0], "high": [11.04, 0.25]}
+    assert list(written(pd.DataFrame(numbers | {"miou": [10.25, -0.5]}))) == ["10.2 [10.0, 11.0]", "-0.5 [-1.0, 0.2]"]
+    assert list(written(pd.DataFrame(numbers | {"difference": [10.0, 0.0]}))) == [
+        "10.0 [10.0, 11.0]",
+        "0.0 [-1.0, 0.2]",
+    ]

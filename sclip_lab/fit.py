@@ -4,6 +4,10 @@ Table 2 of the paper (Wang, Mei, Yuille, ECCV 2024, arXiv:2312.01597) has a proj
 benchmark's training split, and says no more than that. Here all pictures run through the tower once; then only its last
 block is run, over and over, and only the projection in it has gradients.
 
+Defaults were chosen on the bundled model with pictures 64 to 183 of the training split, none of which they learn from.
+There, starts at W_q, at the identity and at a random matrix end alike. More than 100 steps lower the loss further, but
+the mIoU hardly, while that of the 64 pictures goes on rising: stopping early is all the regularisation there is.
+
 Letters: b windows of a batch, n windows or tokens, d width, i j patch grid of a window, q queries, k classes.
 """
 
@@ -121,9 +125,7 @@ def loss_of(logits: Tensor, query_class: Tensor, truth: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protocol) -> tuple[Site, Tensor]:
-    """The last block's site for all windows [n] that hold labels, as if of a tower of one layer, and their labels
-    [n i j].
-    """
+    """The last block's site for all windows [n] with labels, as if of a tower of one layer, and the labels [n i j]."""
     streams, truths = [], []
     for key in keys:
         image, truth = dataset.read(key)

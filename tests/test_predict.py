@@ -1,0 +1,231 @@
+"""What predicts mIoU: measures against loops over windows and patches, correlations against scipy."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from sclip_lab import Clip, Protocol, encode, load, load_dataset
+from sclip_lab.images import pixels
+from sclip_lab.predict import MEASURES, compare_measures, measures, rank_correlation
+from sclip_lab.protocol import windows
+from sclip_lab.store import Record, tidy
+
+CORNERS = [(0, 0), (0, 48), (0, 96), (48, 0), (48, 48), (48, 96)]  # of the windows in 144 x 192
+ATTENTIONS = ["vanilla", "borrow(layer=1, of='vanilla')", "qq", "kk", "borrow(layer=1, of='kk')", "identity", "vv"]
+
+
+def halved(site):
+    """q kᵀ, of rows that sum to a half."""
+    return (site.scale * site.q @ site.k.mT).softmax(-1) / 2
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return load("tiny", device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def by_hand(clip: Clip, image: np.ndarray, truth: np.ndarray, of: str) -> list[float]:
+    """MEASURES of softmax(s q kᵀ) or softmax(s q qᵀ), window by window, patch by patch."""
+    rows, cols = ((2 * np.arange(side) + 1) * own // (2 * side) for side, own in ((144, 160), (192, 213)))
+    resized = truth[rows][:, cols]  # the pixel whose centre is nearest
+    place = [(row, col) for row in range(12) for col in range(12)]
+    found = []
+    for (top, left), window in zip(CORNERS, windows(image, Protocol(144, 96, 48)), strict=True):
+        site = encode(clip.visual, pixels(torch.from_numpy(window)[None], clip.mean, clip.std)).site()
+        other = site.k if of == "k" else site.q
+        map_ = sum((site.q[0, h] @ other[0, h].T / 8).softmax(-1) for h in range(3))[1:, 1:].double().numpy()
+        map_ = map_ / map_.sum(axis=1, keepdims=True)
+        tiles = resized[top : top + 96, left : left + 96].reshape(12, 8, 12, 8).swapaxes(1, 2).reshape(144, 64)
+        labels = [np.bincount(tile).argmax() for tile in tiles]
+        unit = map_ / np.linalg.norm(map_, axis=1, keepdims=True)
+        labelled = [i for i in range(144) if labels[i] != 255]
+        own = [sum(map_[i, j] for j in range(144) if labels[j] == labels[i]) for i in labelled]
+        others = [sum(map_[i, j] for j in range(144) if labels[j] == labels[i] and j != i) for i in labelled]
+        found.append([
+            np.mean([unit[i] @ unit[j] for i in range(144) for j in range(144) if i != j]),
+            np.mean([sum(map_[i, j] * math.dist(place[i], place[j]) for j in range(144)) for i in range(144)]),
+            np.mean([-(row * np.log(row)).sum() for row in map_]),
+            np.mean(own) if own else np.nan,
+            np.mean(others) if own else np.nan,
+        ])  # fmt: skip
+    return np.nanmean(found, axis=0).tolist()
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "things"])
+def test_measures_are_those_of_a_loop_over_windows_and_patches(clip: Clip, vocabulary: str) -> None:
+    dataset = load_dataset(f"scenes-{vocabulary}", limit=2)
+    table = measures(clip, dataset, [halved, "qq"]).set_index(["attention", "image"])
+    assert list(table.index) == [("halved", "0"), ("halved", "1"), ("qq", "0"), ("qq", "1")]
+    assert set(zip(table["model"], table["dataset"], table["protocol"], strict=True)) == {
+        ("tiny", dataset.name, "144/96/48")
+    }
+    image, truth = dataset.read("1")
+    for name, of in (("halved", "k"), ("qq", "q")):
+        np.testing.assert_allclose(
+            table.loc[(name, "1"), MEASURES].tolist(), by_hand(clip, image, truth, of), rtol=1e-4
+        )
+
+
+def test_looking_at_oneself_alone_is_no_attention_on_others(clip: Clip) -> None:
+    found = measures(clip, load_dataset("scenes-full", limit=1), ["identity"], Protocol(96, 96, 48)).iloc[0]
+    assert found[MEASURES].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_a_factor_does_not_count(clip: Clip) -> None:
+    found = measures(clip, load_dataset("scenes-full", limit=1), ["csa", "blend"], Protocol(96, 96, 48))[MEASURES]
+    np.testing.assert_allclose(found.iloc[0], found.iloc[1], rtol=1e-5)
+
+
+def test_what_is_stored_is_not_measured_again(clip: Clip, folder: Path) -> None:
+    dataset, small = load_dataset("scenes-full", limit=2), Protocol(96, 96, 48)
+    whole = measures(clip, dataset, ["qq", "vanilla"], small, "whole")
+    first = measures(clip, dataclasses.replace(dataset, keys=("1",)), ["vanilla"], small, "bits")
+    reads = []
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        reads.append(key)
+        return dataset.read(key)
+
+    watched = dataclasses.replace(dataset, read=read)
+    pd.testing.assert_frame_equal(measures(clip, watched, ["qq", "vanilla"], small, "bits"), whole)
+    assert sorted(reads) == ["0", "1"]
+    assert (folder / "bits.parquet").read_bytes() == (folder / "whole.parquet").read_bytes()
+    again = measures(clip, watched, ["vanilla()"], small, "bits")
+    pd.testing.assert_frame_equal(again, whole[whole["attention"] == "vanilla"].reset_index(drop=True))
+    pd.testing.assert_frame_equal(again[again["image"] == "1"].reset_index(drop=True), first)
+    assert sorted(reads) == ["0", "1"]
+
+
+def test_another_file_is_one_line(clip: Clip, folder: Path) -> None:
+    pd.DataFrame({"image": ["0"]}).to_parquet(folder / "mine.parquet")
+    with pytest.raises(ValueError, match=r"mine.parquet cannot be read .* move it away to measure anew$") as error:
+        measures(clip, load_dataset("scenes-full", limit=1), ["qq"], store="mine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, np.ndarray]:
+    """[images classes 3] of attentions that differ little, by the scatter of images."""
+    generator, found = np.random.default_rng(0), {}
+    for quality, name in enumerate(ATTENTIONS):
+        true = generator.integers(50, 100, (12, 2))
+        hit = (true * np.clip(0.3 + 0.05 * quality + generator.normal(0, 0.3, (12, 2)), 0, 1)).astype(int)
+        found[name] = np.stack([hit, true + 10, true], axis=-1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def frame(counts: dict[str, np.ndarray]) -> pd.DataFrame:
+    records: list[Record] = [
+        (("tiny", "scenes", "p", "l", name, "full", "-1", str(image)), ["a", "b"], table[image])
+        for name, table in counts.items()
+        for image in range(12)
+    ]
+    return tidy(records)
+
+
+@pytest.fixture(scope="module")
+def measured() -> pd.DataFrame:
+    generator, rows = np.random.default_rng(1), []
+    for place, name in enumerate(ATTENTIONS):
+        for image in range(12):
+            noise = generator.normal(0, 1, 3)
+            rows.append((name, str(image), -place + noise[0], (place - 3) ** 2 + noise[1], noise[2], place, -place))
+    return pd.DataFrame(rows, columns=["attention", "image", *MEASURES])
+
+
+def miou(table: np.ndarray) -> float:
+    hit, predicted, true = table.sum(axis=0).T
+    return np.mean(hit / (predicted + true - hit))
+
+
+@pytest.fixture(scope="module")
+def drawn(counts: dict[str, np.ndarray], measured: pd.DataFrame) -> np.ndarray:
+    """rho of each measure [times measures], one resampling after another."""
+    tables = [measured[measured["attention"] == name].set_index("image")[MEASURES] for name in counts]
+    values = np.stack([table.loc[list(map(str, range(12)))].to_numpy() for table in tables])  # a images measures
+    generator, found = np.random.default_rng(5), []
+    for _ in range(1000):
+        chosen = generator.integers(12, size=12)
+        mious = [miou(table[chosen]) for table in counts.values()]
+        found.append([spearmanr(mious, column).statistic for column in values[:, chosen].mean(axis=1).T])
+    return np.array(found)
+
+
+def of_all(counts: dict[str, np.ndarray], measured: pd.DataFrame, measure: str, without: tuple[str, ...] = ()) -> float:
+    names = [name for name in counts if name not in without]
+    mious = [miou(counts[name]) for name in names]
+    return spearmanr(mious, measured.groupby("attention")[measure].mean()[names]).statistic
+
+
+def test_rank_correlation_is_scipys(frame, counts, measured, drawn) -> None:
+    table = rank_correlation(frame, measured).set_index("measure")
+    assert list(table.index) == MEASURES
+    assert set(table["points"]) == {7}
+    assert set(table["images"]) == {12}
+    for column, measure in enumerate(MEASURES):
+        np.testing.assert_allclose(table["rho"][measure], of_all(counts, measured, measure), atol=1e-12)
+        ends = np.quantile(drawn[:, column], [0.025, 0.975])
+        np.testing.assert_allclose([table["low"][measure], table["high"][measure]], ends, atol=0.08)
+    assert table["rho"]["others"] == -table["rho"]["alignment"]
+    assert (table["low"] < table["high"]).all()
+
+
+def test_variants_are_left_out_with_all_their_layers(frame, counts, measured) -> None:
+    families = (ATTENTIONS[:2], ["qq"], ["kk", "borrow(layer=1, of='kk')"], ["identity"], ["vv"])
+    table = rank_correlation(frame, measured).set_index("measure")
+    for measure in MEASURES:
+        rhos = [of_all(counts, measured, measure, tuple(family)) for family in families]
+        np.testing.assert_allclose(table.loc[measure, ["least", "most"]].tolist(), [min(rhos), max(rhos)], atol=1e-12)
+
+
+def test_the_same_order_is_1_and_the_reverse_is_minus_1(frame, counts, measured) -> None:
+    by_miou = {name: miou(table) for name, table in counts.items()}
+    perfect = measured.assign(
+        invariance=measured["attention"].map(by_miou), entropy=-measured["attention"].map(by_miou)
+    )
+    rho = rank_correlation(frame, perfect).set_index("measure")["rho"]
+    assert (rho["invariance"], rho["entropy"]) == (pytest.approx(1), pytest.approx(-1))
+
+
+def test_measures_are_compared_on_the_same_resampled_images(frame, counts, measured, drawn) -> None:
+    found = compare_measures(frame, measured, "alignment", "invariance").iloc[0]
+    sizes = [abs(of_all(counts, measured, measure)) for measure in ("alignment", "invariance")]
+    assert found["difference"] == pytest.approx(sizes[0] - sizes[1])
+    ends = np.quantile(np.abs(drawn[:, 3]) - np.abs(drawn[:, 0]), [0.025, 0.975])
+    np.testing.assert_allclose([found["low"], found["high"]], ends, atol=0.08)
+    opposite = compare_measures(frame, measured, "alignment", "others").iloc[0]
+    assert opposite[["difference", "low", "high"]].tolist() == [0, 0, 0]
+
+
+def test_read_outs_are_correlated_apart(frame, measured) -> None:
+    worse = frame.assign(readout="bare", intersection=frame["true"].max() - frame["intersection"])
+    both = pd.concat([frame.astype({"readout": str}), worse]).astype({"readout": "category"})
+    table = rank_correlation(both, measured)
+    assert list(table["readout"].unique()) == ["full", "bare"]
+    alone = rank_correlation(frame, measured)
+    pd.testing.assert_frame_equal(
+        table[table["readout"] == "full"].drop(columns="readout"), alone.drop(columns="readout")
+    )
+    assert table["rho"].iloc[0] * table["rho"].iloc[5] < 0
+
+
+@pytest.mark.parametrize("column", ["image", "attention"])
+def test_measures_of_other_images_or_attentions_are_refused(frame, measured, column: str) -> None:
+    fewer = measured[measured[column] != measured[column].iloc[0]]
+    with pytest.raises(ValueError, match="mIoU of 7 attentions on 12 images: expected measures of all of them"):
+        rank_correlation(frame, fewer)
+    with pytest.raises(ValueError, match="mIoU of 7 attentions on 12 images"):
+        rank_correlation(frame[(frame["image"] != "0") | (frame["attention"] != "qq")], measured)

@@ -2,7 +2,7 @@
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 BIN := .venv/bin
 READY := .venv/ready
-RUN := $(if $(FRESH),SCLIP_FRESH=1 )$(BIN)/python notebooks/run.py
+RUN := $(BIN)/python notebooks/run.py
 
 .PHONY: help notebooks refresh figures table tiny lab test lint clean
 
@@ -10,10 +10,12 @@ help: ## Say what there is to make
 	@echo 'Usage: make TARGET'
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-notebooks: $(READY) ## Execute copies of all notebooks into build/ (ONLY=00: that one; FRESH=1: use no stored results)
-	@$(RUN) notebooks/$(ONLY)*.ipynb
+notebooks: $(READY) ## Execute copies of all notebooks into build/ (ONLY=00: that one; FRESH=1: measure all anew)
+	@$(if $(FRESH),rm -rf build/results)
+	@$(if $(FRESH),SCLIP_RESULTS=build/results )$(RUN) notebooks/$(ONLY)*.ipynb
 
-refresh: $(READY) ## Execute the notebooks and renew the committed ones (ONLY and FRESH as above)
+refresh: $(READY) ## Execute the notebooks and renew the committed ones (FRESH=1: and the stored results of theirs)
+	@$(if $(FRESH),rm -f $(foreach kind,parquet safetensors,data/results/$(or $(ONLY),[0-9])*.$(kind)))
 	@$(RUN) --refresh notebooks/$(ONLY)*.ipynb
 
 figures: notebooks ## Draw figures/ anew, which the notebooks do, and list them

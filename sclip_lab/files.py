@@ -15,8 +15,8 @@ def home() -> Path:
 
 
 def results() -> Path:
-    """The folder of stored results: SCLIP_RESULTS, else data/results under `home()`."""
-    return Path(folder).expanduser() if (folder := os.environ.get("SCLIP_RESULTS")) else home() / "data" / "results"
+    """The folder of stored results: SCLIP_RESULTS (as seen from `home()`), else data/results."""
+    return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 import pytest
 
-from sclip_lab.files import home, replacing
+from sclip_lab.files import home, replacing, results
 
 
 def test_home_is_the_environments_word(monkeypatch, tmp_path):
@@ -12,6 +12,17 @@ def test_home_without_a_word_is_the_checkout_or_the_working_directory(monkeypatc
     monkeypatch.delenv("SCLIP_HOME", raising=False)
     monkeypatch.chdir(tmp_path)
     assert home() == (pytestconfig.rootpath if (pytestconfig.rootpath / "data").is_dir() else tmp_path)
+
+
+@pytest.mark.parametrize(("word", "expected"), [(None, "data/results"), ("", "data/results"), ("build/x", "build/x")])
+def test_results_are_seen_from_home(word, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("SCLIP_HOME", str(tmp_path))
+    monkeypatch.delenv("SCLIP_RESULTS", raising=False)
+    if word is not None:
+        monkeypatch.setenv("SCLIP_RESULTS", word)
+    assert results() == tmp_path / expected
+    monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path / "absolute"))
+    assert results() == tmp_path / "absolute"
 
 
 def test_replacing_writes_whole_and_leaves_nothing_else(tmp_path):

@@ -1,0 +1,40 @@
+"""The stored results: what this code measures with this model, and no cell half measured."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sclip_lab import load, sweep
+from sclip_lab.files import home
+from sclip_lab.store import CELL, COUNTS, HEAD, read
+
+STORED = sorted(path for path in (home() / "data" / "results").glob("*.parquet") if not path.stem.endswith("measures"))
+
+
+@pytest.fixture(params=STORED, ids=lambda path: path.stem)
+def stored(request):
+    return read(request.param)
+
+
+def test_every_cell_of_a_dataset_has_the_same_images(stored):
+    heads = stored[HEAD].drop_duplicates()
+    images = heads.groupby(["dataset", "layers"], observed=True)["image"].nunique()
+    per_cell = heads.groupby(CELL, observed=True)["image"].nunique().reset_index()
+    assert all(row.image == images[row.dataset, row.layers] for row in per_cell.itertuples())
+
+
+def test_a_sample_is_measured_again(stored):
+    cells = stored[CELL].drop_duplicates().sample(4, random_state=0)
+    clip = load("tiny")
+    for cell in cells.itertuples():
+        layers = tuple(map(int, cell.layers.split(",")))
+        found = sweep(clip, cell.dataset, cell.attention, readouts=cell.readout, layers=[layers], limit=1)
+        assert found[CELL].iloc[0].astype(str).tolist() == list(cell[1:])
+        expected = pd.merge(stored, pd.DataFrame([cell[1:]], columns=CELL).assign(image="0"), on=HEAD)
+        found, expected = (rows.set_index("class")[COUNTS].sort_index() for rows in (found, expected))
+        # Other processors and thread counts round otherwise; a pixel here and there may take another name.
+        assert np.abs(found - expected).to_numpy().sum() <= 0.002 * expected["true"].sum()
+
+
+def test_there_are_results():
+    assert STORED

@@ -27,6 +27,7 @@ from nbformat import NotebookNode
 from sclip_lab.files import replacing
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -99,6 +100,18 @@ def execute(notebook: NotebookNode, name: str, folder: Path) -> Outcome:
     return Outcome(name, len(cells), perf_counter() - begin, failed=False)
 
 
+def still(notebook: NotebookNode) -> None:
+    """Keep of a widget the picture that it brings along, and nothing of one that brings none, as a progress bar.
+
+    Without a kernel a widget cannot be drawn, and its id is another one in every run.
+    """
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) or "image/jpeg" in o.data]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
+
+
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
     with replacing(path) as temporary:
         nbformat.write(notebook, temporary)
@@ -114,6 +127,7 @@ def run(path: Path, notebook: NotebookNode, build: Path | None) -> Outcome:
     """Execute `notebook` where `path` lies; write it into `build`, or back to `path` where `build` is None."""
     print(path.stem, flush=True)
     outcome = execute(notebook, path.stem, path.resolve().parent)
+    still(notebook)
     if build:
         write_notebook(notebook, build / path.name)
         write_html(notebook, build / f"{path.stem}.html")

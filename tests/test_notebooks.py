@@ -98,6 +98,27 @@ def test_refresh_writes_the_same_bytes_twice_and_leaves_a_failing_notebook(tmp_p
     assert sorted(tmp_path.iterdir()) == [bad, good]
 
 
+def test_of_a_widget_its_picture_is_kept_and_of_a_progress_bar_nothing(tmp_path):
+    widget = """import ipywidgets
+class Seen(ipywidgets.VBox):
+    def _repr_mimebundle_(self, **options):
+        return super()._repr_mimebundle_(**options) | {"text/plain": "Seen", "image/jpeg": "/9j/"}
+Seen()"""
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    print('step')"
+    path = write(tmp_path / "widgets.ipynb", widget, bar)
+
+    done = run("--refresh", path)
+    refreshed = path.read_bytes()
+
+    assert done.returncode == 0, done.stderr
+    _, first, second = nbformat.read(path, 4).cells
+    assert [set(output.data) for output in first.outputs] == [{"text/plain", "image/jpeg"}]
+    assert {output.get("name") for output in second.outputs} == {"stdout"}
+    assert streams(path)[2] == 3 * "step\n"
+    run("--refresh", path)
+    assert path.read_bytes() == refreshed
+
+
 def test_an_interrupted_refresh_leaves_the_old_notebook_and_nothing_beside_it(tmp_path):
     path = write(tmp_path / "slow.ipynb", "import os\nprint(os.getpid())", "import time\ntime.sleep(90)")
     before = path.read_bytes()

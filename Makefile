@@ -4,11 +4,11 @@ BIN := .venv/bin
 READY := .venv/ready
 RUN := $(BIN)/python notebooks/run.py
 
-.PHONY: help notebooks refresh figures table tiny lab test lint clean
+.PHONY: help notebooks refresh figures table tiny lab test test-browser lint clean
 
 help: ## Say what there is to make
 	@echo 'Usage: make TARGET'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 notebooks: $(READY) ## Execute copies of all notebooks into build/ (ONLY=00: that one; FRESH=1: measure all anew)
 	@$(if $(FRESH),rm -rf build/results)
@@ -33,6 +33,14 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 
 test: $(READY) ## Run the tests (ARGS='-k attention' selects)
 	@$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+test-browser: $(READY) ## Click through the explorer in Chromium (installs it and Playwright, where it may)
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m uv pip install --quiet \
+	  --python $(BIN)/python --constraint constraints.txt --editable '.[browser]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update -qq && apt-get install --yes -qq chromium >/dev/null; } 2>/dev/null \
+	  || { echo 'No chromium or google-chrome on the PATH: install one (as root: apt-get install chromium)'; exit 1; }
+	@$(BIN)/python -m pytest -q -s -m browser tests/test_browser.py
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

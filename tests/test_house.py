@@ -82,9 +82,9 @@ def test_make_without_a_target_helps_with_every_target():
     # A `make` that runs these tests hands its flags down; this one is to run as if typed.
     typed = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     targets = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split())
-    assert targets == set(re.findall(r"^([a-z]+):", MAKEFILE, re.M))
+    assert targets == set(re.findall(r"^([a-z-]+):", MAKEFILE, re.M))
     shown = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True, check=True, env=typed).stdout
-    assert set(re.findall(r"^  ([a-z]+) +\S", shown, re.M)) == targets
+    assert set(re.findall(r"^  ([a-z-]+) +\S", shown, re.M)) == targets
 
 
 def test_notebooks_have_numbers_of_their_own_and_figures_those_of_a_notebook():

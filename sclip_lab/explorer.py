@@ -280,7 +280,7 @@ class Explorer(widgets.VBox):
         depth = len(clip.visual.transformer.resblocks)
         chosen = sorted({range(depth)[layer] for layer in layers})
         self.choice = widgets.Dropdown(options=list(pictures), description="Picture")
-        self.upload = widgets.FileUpload(accept="image/*", description="Your own picture")
+        self.upload = widgets.FileUpload(accept="image/*", description="Your own picture", layout={"width": "auto"})
         self.attentions = widgets.Text("; ".join(self.given), description="Attentions", continuous_update=False)
         self.attentions.layout.width = "auto"
         self.layers = widgets.SelectMultiple(options=range(depth), value=chosen, description="Layers", rows=depth)
@@ -321,7 +321,7 @@ class Explorer(widgets.VBox):
         self.subject = subject
         rows, cols = subject.trunk.grid
         with self.picker.hold_sync():
-            self.picker.set_state({"picture": _uri(subject.picture), "grid": (rows, cols)})
+            self.picker.picture, self.picker.grid = _uri(subject.picture), (rows, cols)
             self.picker.patch = (rows // 2, cols // 2)
         self._draw()
 

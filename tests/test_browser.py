@@ -10,6 +10,7 @@ from time import perf_counter
 
 import cv2
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -47,27 +48,21 @@ def lab(page, tmp_path):
     """JupyterLab on a notebook of one cell, with none of the user's settings; its address."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else JupyterLab asks for one
     nbformat.write(new_notebook(cells=[new_code_cell(CELL.strip())], metadata=kernel), tmp_path / "explorer.ipynb")
-    settings = tmp_path / "settings" / NEWS
+    own = {f"JUPYTER_{name}_DIR": tmp_path / name for name in ("CONFIG", "DATA", "RUNTIME")}
+    own |= {f"JUPYTERLAB_{name}_DIR": tmp_path / name for name in ("SETTINGS", "WORKSPACES")}
+    own |= {"IPYTHONDIR": tmp_path / "ipython"}
+    settings = tmp_path / "SETTINGS" / NEWS
     settings.parent.mkdir(parents=True)
     settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    folders = (
-        "JUPYTER_CONFIG_DIR",
-        "JUPYTER_DATA_DIR",
-        "JUPYTER_RUNTIME_DIR",
-        "JUPYTERLAB_WORKSPACES_DIR",
-        "IPYTHONDIR",
-    )
-    own = {name: str(tmp_path / name.lower()) for name in folders} | {
-        "JUPYTERLAB_SETTINGS_DIR": str(settings.parents[2])
-    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     options += ["--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}"]
     with (ARTEFACTS / "jupyterlab.log").open("w") as log:
+        environment = os.environ | {name: str(folder) for name, folder in own.items()}
         command = [sys.executable, "-m", "jupyterlab", *options]
-        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     for _ in range(600):
         assert server.poll() is None, f"JupyterLab ended, see {ARTEFACTS}"
         with socket.socket() as attempt:
@@ -142,7 +137,7 @@ def test_a_click_and_an_arrow_key_change_what_is_seen(page, lab, tmp_path):
         chooser.value.set_files(path)
 
     own, bad = tmp_path / "own.png", tmp_path / "bad.png"
-    cv2.imwrite(str(own), cv2.GaussianBlur(cv2.randu(cv2.UMat(100, 100, cv2.CV_8UC3).get(), 0, 255), (9, 9), 0))
+    cv2.imwrite(str(own), np.random.RandomState(0).randint(0, 256, (100, 100, 3), np.uint8))
     bad.write_bytes(b"no picture")
     after(lambda: upload(own))
     assert "of 18 x 18" in picker.get_attribute("aria-label")

@@ -22,7 +22,7 @@ _LOOKS = {
     "vanilla": ("#000000", "s"),
     "identity": ("#0047ab", "o"),
     "csa": ("#d55e00", "D"),
-    "blend": ("#f7c6a3", "d"),
+    "blend": ("#ee9f78", "d"),
     "qq": ("#e69f00", "<"),
     "kk": ("#56b4e9", ">"),
     "vv": ("#009e73", "^"),
@@ -77,13 +77,16 @@ def intervals(frame: pd.DataFrame, ax: Axes | None = None, x: str = "miou", row:
     return ax
 
 
-def curve(table: pd.DataFrame, x: str, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """`miou` against a parameter `x` (a column of numbers), with its interval as a band, in its attention's look."""
+def curve(table: pd.DataFrame, x: str, ax: Axes | None = None, label: str | None = None, **line: Any) -> Axes:
+    """`miou` against a parameter `x` (a column of numbers), with its interval as a band, in its attention's look.
+
+    `line`: more options for the line, such as linestyle="--".
+    """
     ax = ax or plt.gca()
     table = table.sort_values(x)
     name = table["attention"].iloc[0]
     look: dict[str, Any] = {"color": colour(name), "marker": marker(name), "label": label or base(name)}
-    ax.plot(table[x], table["miou"], **look)
+    ax.plot(table[x], table["miou"], **look, **line)
     ax.fill_between(table[x], table["low"], table["high"], color=look["color"], alpha=0.15, linewidth=0)
     ax.set(xlabel=x, ylabel="mIoU, %")
     sns.despine(ax=ax)
@@ -102,13 +105,15 @@ def levels(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def seeds(table: pd.DataFrame, x: str, ax: Axes | None = None) -> Axes:
-    """`miou` of every seed at each value of `x`, and the mean over seeds."""
+    """`miou` of every seed (a row) at each value of `x`, side by side in a strip, and the mean over seeds as a line."""
     ax = ax or plt.gca()
     values, name = sorted(table[x].unique()), table["attention"].iloc[0]
-    look: dict[str, Any] = {"order": values, "color": colour(name), "ax": ax}
-    sns.stripplot(table, x=x, y="miou", jitter=0.15, alpha=0.8, marker=marker(name), **look)
-    means = table.groupby(x)["miou"].mean().reindex(values)
-    ax.plot(range(len(values)), means, color=colour(name), linewidth=1)
+    for place, value in enumerate(values):
+        mious = table.loc[table[x] == value, "miou"]
+        beside = place + np.linspace(-0.2, 0.2, len(mious))
+        ax.scatter(beside, mious, color=colour(name), marker=marker(name), linewidths=0, zorder=3)
+    ax.plot(range(len(values)), table.groupby(x)["miou"].mean().reindex(values), color=colour(name), linewidth=1)
+    ax.set_xticks(range(len(values)), values)
     ax.set(xlabel=x, ylabel="mIoU, %")
     sns.despine(ax=ax)
     return ax

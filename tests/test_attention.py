@@ -16,8 +16,11 @@ from sclip_lab.registry import _FACTORIES, attention, canonical, variants
 from sclip_lab.trunk import encode
 
 
-@pytest.mark.parametrize("name", variants())
 class TestContract:
+    def pytest_generate_tests(self, metafunc):
+        # At every collection, so that a notebook's variants take part whenever it runs these tests in its own kernel.
+        metafunc.parametrize("name", variants())
+
     def test_weights_broadcast_and_are_finite_not_negative_with_rows_of_one_sum(self, name, visual, pixels):
         site = encode(visual, pixels).site()
         b, h, n, _ = site.v.shape

@@ -133,7 +133,7 @@ def _drawn(part: pd.DataFrame, measured: pd.DataFrame) -> tuple[pd.DataFrame, di
     And the number of images.
     """
     counts = {name: _counts(rows) for name, rows in part.groupby("attention", sort=False, observed=True)}
-    images = sorted(part["image"].unique())
+    images = list(part["image"].sort_values().unique())  # in the order of their counts
     tables = {measure: measured.pivot(index="image", columns="attention", values=measure) for measure in MEASURES}
     values = {measure: table.reindex(images, columns=list(counts)) for measure, table in tables.items()}
     if len(set(map(len, counts.values()))) > 1 or values[MEASURES[0]].isna().any(axis=None):

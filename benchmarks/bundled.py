@@ -6,11 +6,14 @@ Prints Markdown and writes data/results/bundled.csv. Takes about a minute on two
 import pandas as pd
 import torch
 
-from sclip_lab import Clip, Protocol, attention, compare, dense, encode, load, scenes, summarise, sweep, variants
+from sclip_lab import Clip, Protocol, attention, compare, dense, encode, load, scenes, summarise, sweep
 from sclip_lab.datasets import HELD_OUT, SCENES
 from sclip_lab.files import home, replacing
 from sclip_lab.images import pixels
 from sclip_lab.metrics import invariance, mean, retrieved
+from sclip_lab.summary import written
+
+ATTENTIONS = ["vanilla", "identity", "csa", "qq", "kk", "vv"]
 
 
 @torch.no_grad()
@@ -28,7 +31,7 @@ def of_whole_pictures(clip: Clip) -> pd.DataFrame:
 
 def main() -> None:
     clip = load("tiny")
-    frame = sweep(clip, [f"scenes-{v}" for v in scenes.VOCABULARIES], variants(), readouts=["full", "full*2", "bare"])
+    frame = sweep(clip, [f"scenes-{v}" for v in scenes.VOCABULARIES], ATTENTIONS, readouts=["full", "full*2", "bare"])
     parts = {"": frame}
     for part, names in (("things", scenes.THINGS), ("stuff", scenes.STUFF)):
         parts[part] = frame[(frame["dataset"] == "scenes-full") & frame["class"].isin(names)]
@@ -38,7 +41,7 @@ def main() -> None:
 
     print(f"\nBundled model, {SCENES} held-out scenes, protocol {Protocol.for_image_size(clip.image_size)}, ", end="")
     print("mIoU in % with 95 % bootstrap interval over images.\n")
-    table["miou"] = [f"{r.miou:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in table.itertuples()]
+    table["miou"] = written(table)
     table["of"] = table["dataset"].str.removeprefix("scenes-") + table["classes"].map(
         lambda c: "" if c == "all" else f": {c}"
     )

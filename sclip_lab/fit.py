@@ -27,8 +27,7 @@ from sclip_lab.attention import affinity
 from sclip_lab.clip import Clip
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import replacing, results
-from sclip_lab.metrics import patch_labels
-from sclip_lab.protocol import Protocol
+from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import queries
 from sclip_lab.trunk import Site, Trunk
@@ -131,16 +130,7 @@ def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protoco
         image, truth = dataset.read(key)
         trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
         streams.append(trunk.site().stream)
-        truths.append(_window_labels(truth, protocol, trunk.grid))
+        truths.append(window_labels(truth, protocol, trunk.grid))
     stream, labels = torch.cat(streams), torch.cat(truths).to(streams[0].device)
     labelled = (labels != IGNORE).flatten(1).any(dim=1)
     return Site(clip.visual.transformer.resblocks[-1:], stream[labelled], trunk.grid), labels[labelled]
-
-
-def _window_labels(truth: np.ndarray, protocol: Protocol, grid: tuple[int, int]) -> Tensor:
-    """Labels [n i j] of the patches of what `protocol.windows` cuts, from a label map [H W]."""
-    height, width = size = protocol.resized(*truth.shape)
-    resized = F.interpolate(torch.from_numpy(truth)[None, None], size, mode="nearest-exact")[0, 0]
-    h, w = protocol.window(height), protocol.window(width)
-    cuts = [resized[y : y + h, x : x + w] for y in protocol.starts(height) for x in protocol.starts(width)]
-    return torch.stack([patch_labels(cut, grid).unflatten(0, grid) for cut in cuts])

@@ -76,12 +76,12 @@ def _resampled(counts: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Counts [images classes 3] -> counts [s classes 3] of as many data sets of the same size."""
     if np.ndim(counts) != 3 or len(counts) == 0:
         raise ValueError(f"counts of shape {list(np.shape(counts))}: expected [images classes 3], at least one image")
-    times = _multiplicities(len(counts), samples, seed)
+    times = multiplicities(len(counts), samples, seed)
     return (times @ counts.reshape(len(counts), -1)).reshape(samples, *counts.shape[1:])
 
 
 @lru_cache(maxsize=8)
-def _multiplicities(images: int, samples: int, seed: int) -> np.ndarray:
+def multiplicities(images: int, samples: int, seed: int) -> np.ndarray:
     """How often each image is drawn into each sample, [s images]."""
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
     return drawn.astype(np.float64)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.decomposition import PCA
 
-from sclip_lab.charts import BESIDE, layers  # noqa: F401
+from sclip_lab.charts import BESIDE
 from sclip_lab.files import home, replacing
 
 Pair = tuple[int, int]  # rows and columns of a grid of patches, or row and column of a patch

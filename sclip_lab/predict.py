@@ -20,13 +20,12 @@ from sclip_lab import metrics
 from sclip_lab.clip import Clip
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import replacing, results
-from sclip_lab.fit import _window_labels
-from sclip_lab.metrics import _multiplicities, miou
-from sclip_lab.protocol import Protocol
+from sclip_lab.metrics import miou, multiplicities
+from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.registry import Attention, attention, base, canonical
 from sclip_lab.segment import trunk_of
 from sclip_lab.store import CELL
-from sclip_lab.summary import _counts
+from sclip_lab.summary import stacked
 from sclip_lab.trunk import Site
 
 IGNORE = 255
@@ -67,7 +66,7 @@ def measures(
     for key in tqdm(missing, desc=about, unit="image", file=sys.stdout, disable=not missing):
         image, truth = dataset.read(key)
         trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
-        labels = _window_labels(truth, protocol, trunk.grid).flatten(1)
+        labels = window_labels(truth, protocol, trunk.grid).flatten(1)
         for head in missing[key]:
             table[head] = _measure(named[head[-2]], trunk.site(), labels)
     if path and missing:
@@ -132,13 +131,13 @@ def _drawn(part: pd.DataFrame, measured: pd.DataFrame) -> tuple[pd.DataFrame, di
 
     And the number of images.
     """
-    counts = {name: _counts(rows) for name, rows in part.groupby("attention", sort=False, observed=True)}
+    counts = {name: stacked(rows) for name, rows in part.groupby("attention", sort=False, observed=True)}
     images = list(part["image"].sort_values().unique())  # in the order of their counts
     tables = {measure: measured.pivot(index="image", columns="attention", values=measure) for measure in MEASURES}
     values = {measure: table.reindex(images, columns=list(counts)) for measure, table in tables.items()}
     if len(set(map(len, counts.values()))) > 1 or values[MEASURES[0]].isna().any(axis=None):
         raise ValueError(f"mIoU of {len(counts)} attentions on {len(images)} images: expected measures of all of them")
-    times = np.concatenate([np.ones((1, len(images))), _multiplicities(len(images), SAMPLES, seed=0)])
+    times = np.concatenate([np.ones((1, len(images))), multiplicities(len(images), SAMPLES, seed=0)])
     mious = {name: miou(np.tensordot(times, table, axes=1)) for name, table in counts.items()}
     means = {measure: pd.DataFrame(times @ table / len(images)) for measure, table in values.items()}
     return pd.DataFrame(mious), means, len(images)

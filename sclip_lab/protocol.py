@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sclip_lab.metrics import patch_labels
+
 CHUNK = 1 << 22  # numbers in one chunk of rows: 16 MB of float32
 
 
@@ -84,6 +86,15 @@ def windows(image: np.ndarray, protocol: Protocol) -> np.ndarray:
     image, h, w = resize(image, size), protocol.window(height), protocol.window(width)
     cuts = [image[y : y + h, x : x + w] for y in protocol.starts(height) for x in protocol.starts(width)]
     return np.stack(cuts)
+
+
+def window_labels(truth: np.ndarray, protocol: Protocol, grid: tuple[int, int]) -> Tensor:
+    """Labels [n i j] of the patches of what `protocol.windows` cuts, from a label map [H W]."""
+    height, width = size = protocol.resized(*truth.shape)
+    resized = F.interpolate(torch.from_numpy(truth)[None, None], size, mode="nearest-exact")[0, 0]
+    h, w = protocol.window(height), protocol.window(width)
+    cuts = [resized[y : y + h, x : x + w] for y in protocol.starts(height) for x in protocol.starts(width)]
+    return torch.stack([patch_labels(cut, grid).unflatten(0, grid) for cut in cuts])
 
 
 class Stitched:

@@ -19,7 +19,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for cell, part in frame.groupby(CELL, sort=False, observed=True):
-        table = _counts(part)
+        table = stacked(part)
         rows.append((*cell, float(miou(table.sum(axis=0))), *bootstrap(table), len(table)))
     return _percent(pd.DataFrame(rows, columns=[*CELL, "miou", "low", "high", "images"]))
 
@@ -42,7 +42,7 @@ def compare(frame: pd.DataFrame, a: Choice, b: Choice) -> pd.DataFrame:
         images = [list(p["image"].unique()) for p in (part, other)]
         if sorted(images[0]) != sorted(images[1]):
             raise ValueError(f"{a} has {len(images[0])} images, {b} {len(images[1])}: expected the same ones")
-        ours, theirs = _counts(part), _counts(other)
+        ours, theirs = stacked(part), stacked(other)
         gain = float(miou(ours.sum(axis=0)) - miou(theirs.sum(axis=0)))
         rows.append((*cell, _label(a), _label(b), gain, *bootstrap(ours, theirs), len(ours)))
     return _percent(pd.DataFrame(rows, columns=[*rest, "a", "b", "difference", "low", "high", "images"]))
@@ -68,7 +68,7 @@ def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
     return frame
 
 
-def _counts(part: pd.DataFrame) -> np.ndarray:
+def stacked(part: pd.DataFrame) -> np.ndarray:
     """Rows of one cell -> [images classes 3], images sorted by name."""
     part = part.sort_values(["image", "class"], kind="stable")
     return part[COUNTS].to_numpy().reshape(part["image"].nunique(), -1, len(COUNTS))

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sclip_lab import Protocol, load, scenes, segment
-from sclip_lab.explorer import explore, legend, look, panels, poster, weights
+from sclip_lab.explorer import explore
+from sclip_lab.panels import legend, look, panels, poster, weights
 from sclip_lab.plots import palette
 from sclip_lab.text import queries
 

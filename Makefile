@@ -32,7 +32,7 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 	$(BIN)/python -m jupyterlab notebooks
 
 test: $(READY) ## Run the tests (ARGS='-k attention' selects)
-	@$(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	@$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile $(ARGS)
 
 test-browser: $(READY) ## Click through the explorer in Chromium (installs it and Playwright, where it may)
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m uv pip install --quiet \

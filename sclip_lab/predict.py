@@ -6,15 +6,14 @@ The paper holds that CLIP's last attention segments badly because it is spatiall
 Letters: n windows or tokens, p patches of a window, h heads, s bootstrap samples, a attentions.
 """
 
-import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sclip_lab import metrics
 from sclip_lab.clip import Clip
@@ -26,6 +25,7 @@ from sclip_lab.registry import Attention, attention, base, canonical
 from sclip_lab.segment import trunk_of
 from sclip_lab.store import CELL
 from sclip_lab.summary import stacked
+from sclip_lab.sweep import side_by_side
 from sclip_lab.trunk import Site
 
 IGNORE = 255
@@ -38,7 +38,6 @@ Head = tuple[str, ...]  # the values of KEYS
 Table = dict[Head, tuple[float, ...]]  # to those of MEASURES
 
 
-@torch.no_grad()
 def measures(
     clip: Clip,
     dataset: Dataset,
@@ -58,17 +57,13 @@ def measures(
     wanted: list[Head] = [(*place, name, key) for name in named for key in dataset.keys]
     path = results() / f"{store}.parquet" if store else None
     table: Table = _read(path) if path and path.is_file() else {}
-    missing: dict[str, list[Head]] = {}
-    for head in wanted:
-        if head not in table:
-            missing.setdefault(head[-1], []).append(head)
+    missing: dict[str, dict[Head, Attention]] = {}
+    for *_, name, key in wanted:
+        if (head := (*place, name, key)) not in table:
+            missing.setdefault(key, {})[head] = named[name]
     about = f"attention maps of {dataset.pictures} {protocol}"
-    for key in tqdm(missing, desc=about, unit="image", file=sys.stdout, disable=not missing):
-        image, truth = dataset.read(key)
-        trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
-        labels = window_labels(truth, protocol, trunk.grid).flatten(1)
-        for head in missing[key]:
-            table[head] = _measure(named[head[-2]], trunk.site(), labels)
+    for rows in side_by_side(partial(_measure_all, clip, dataset, protocol, missing), missing, about):
+        table |= rows
     if path and missing:
         with replacing(path) as temporary:
             _frame(dict(sorted(table.items()))).to_parquet(temporary, index=False, compression="zstd")
@@ -108,6 +103,17 @@ def compare_measures(frame: pd.DataFrame, measured: pd.DataFrame, a: str, b: str
         difference, *drawn = first - second
         rows.append((*cell, a, b, difference, *np.quantile(drawn, ENDS), mious.shape[1], images))
     return pd.DataFrame(rows, columns=[*REST, "a", "b", "difference", "low", "high", "points", "images"])
+
+
+@torch.no_grad()
+def _measure_all(
+    clip: Clip, dataset: Dataset, protocol: Protocol, missing: dict[str, dict[Head, Attention]], key: str
+) -> Table:
+    """MEASURES of all attentions that lack those of the picture `key`."""
+    image, truth = dataset.read(key)
+    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
+    labels = window_labels(truth, protocol, trunk.grid).flatten(1)
+    return {head: _measure(attend, trunk.site(), labels) for head, attend in missing[key].items()}
 
 
 def _measure(attend: Attention, site: Site, labels: Tensor) -> tuple[float, ...]:

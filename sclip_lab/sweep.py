@@ -6,9 +6,11 @@ derived from them later (`summary`).
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,9 +31,10 @@ from sclip_lab.trunk import Readout
 Layers = tuple[int, ...]
 Variant = tuple[Attention, Readout, Layers]
 Asked = tuple[Dataset, Queries]
+Missing = dict[str, list[tuple[Variant, list[Asked]]]]  # of each picture
+Result = TypeVar("Result")
 
 
-@torch.no_grad()
 def sweep(
     model: str | Clip,
     datasets: str | Dataset | Iterable[str | Dataset],
@@ -47,7 +50,8 @@ def sweep(
     Columns: store.TEXT, store.COUNTS. A single value serves as a list of one. `protocols` None: windows of the size the
     model was trained on. `limit`: pictures per dataset. `store`: a file of that name in the folder of results is read
     first, only what is missing in it is measured, and what is measured is added; without it, all is measured. An
-    attention without a spec is known by its `__name__`, in the file too: choose another when you change it.
+    attention without a spec is known by its `__name__`, in the file too: choose another when you change it. Pictures
+    are measured side by side (see `side_by_side`), so that an attention must keep nothing between its calls.
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
@@ -58,31 +62,50 @@ def sweep(
     wanted: dict[Head, None] = {}  # in order
     with Store(results() / f"{store}.parquet" if store else None) as table:
         for protocol, group in product(protocols, by_pictures):
-            missing: dict[str, list[tuple[Variant, list[Asked]]]] = {}
+            missing: Missing = {}
             for key, each in product(group[0][0].keys, variants):
                 heads = {_head(clip, one, protocol, each, key): one for one in group}
                 if lacking := [one for head, one in heads.items() if head not in table.heads and head not in wanted]:
                     missing.setdefault(key, []).append((each, lacking))
                 wanted |= dict.fromkeys(heads)
-            about = f"{_pictures(group[0])} {protocol}"
-            for key in tqdm(missing, desc=about, unit="image", file=sys.stdout, disable=not missing):
-                table.add(list(_measure(clip, protocol, key, missing[key])))
+            measure = partial(_measure, clip, protocol, missing)
+            for records in side_by_side(measure, missing, f"{_pictures(group[0])} {protocol}"):
+                table.add(records)
     return _rows(table.frame, list(wanted))
 
 
-def _measure(clip: Clip, protocol: Protocol, key: str, missing: list[tuple[Variant, list[Asked]]]) -> Iterator[Record]:
+def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: str) -> Iterator[Result]:
+    """What `work` makes of each key, in their order, with a progress bar: as many at a time as torch has threads.
+
+    Each has one thread for itself: what follows from one picture is too small to be shared among threads, which wait
+    for one another, for long where the machine is busy. Nor do results then depend on the number of threads.
+    """
+    threads, one = torch.get_num_threads(), partial(torch.set_num_threads, 1)
+    one()
+    try:
+        with ThreadPoolExecutor(threads, initializer=one) as pool:
+            results = pool.map(work, keys)
+            yield from tqdm(results, about, len(keys), unit="image", file=sys.stdout, disable=not keys)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list[Record]:
     """One record per variant and dataset that lack one of the picture `key`."""
-    dataset = missing[0][1][0][0]
+    variants, records = missing[key], []
+    dataset = variants[0][1][0][0]
     image, _ = dataset.read(key)
-    truths = {one.name: one.read(key)[1] for _, group in missing for one, _ in group}
+    truths = {one.name: one.read(key)[1] for _, group in variants for one, _ in group}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
-    for variant, group in missing:
+    for variant, group in variants:
         vectors = torch.cat([words.vectors for _, words in group])
         cosines = scores(trunk, vectors, *variant).split([len(words.vectors) for _, words in group], dim=1)
         for (dataset, words), part in zip(group, cosines, strict=True):
             labels = dataset.labelling(Stitched(part, protocol, image.shape[:2]), words.query_class)
             head = _head(clip, (dataset, words), protocol, variant, key)
-            yield head, words.names, counts(labels, truths[dataset.name], len(words.names))
+            records.append((head, words.names, counts(labels, truths[dataset.name], len(words.names))))
+    return records
 
 
 def _head(clip: Clip, asked: Asked, protocol: Protocol, variant: Variant, key: str) -> Head:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, by open_clip
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: threads on a busy machine wait for one another
 
 import torch
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)  # tensors are small, and threads that share a busy machine wait for one another
+torch.set_num_threads(1)  # also where torch was there before, in a notebook's kernel
 
 REFERENCE = Path(__file__).parent / "reference"
 

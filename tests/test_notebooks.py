@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -122,7 +123,9 @@ Seen()"""
 def test_an_interrupted_refresh_leaves_the_old_notebook_and_nothing_beside_it(tmp_path):
     path = write(tmp_path / "slow.ipynb", "import os\nprint(os.getpid())", "import time\ntime.sleep(90)")
     before = path.read_bytes()
-    runner = subprocess.Popen(command("--refresh", path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background have inherited deaf ears
+    runner = subprocess.Popen(command("--refresh", path), **pipes, preexec_fn=heard)
     while "1/2" not in (line := runner.stdout.readline()):
         assert line, runner.communicate()
     runner.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import confusion_matrix
 
 from sclip_lab import Clip, Protocol, load, load_dataset, segment, summarise, sweep
@@ -67,3 +68,24 @@ def test_what_was_asked_comes_in_the_order_of_the_asking(clip: Clip) -> None:
     assert list(frame["attention"].unique()) == ["kk", "csa"]
     assert list(frame["dataset"].unique()) == ["scenes-things", "scenes-full"]
     assert not frame.duplicated([*CELL, "image", "class"]).any()
+
+
+def test_pictures_side_by_side_are_the_same_as_one_by_one_and_threads_are_given_back(clip: Clip) -> None:
+    before = torch.get_num_threads()
+    tables = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            tables.append(sweep(clip, "scenes-full", ["csa", "random(n=2)"], PROTOCOL, ["full", "bare"], limit=5))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_failure_in_one_picture_is_the_sweeps(clip: Clip) -> None:
+    def failing(site):
+        raise ArithmeticError("in one of them")
+
+    with pytest.raises(ArithmeticError, match="in one of them"):
+        sweep(clip, "scenes-full", failing, PROTOCOL, limit=4)

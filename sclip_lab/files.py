@@ -1,6 +1,7 @@
 """Where the lab's files live, and how one is written: whole or not at all."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,25 @@ def home() -> Path:
     return checkout if (checkout / "data").is_dir() else Path.cwd()
 
 
+def chosen() -> str:
+    """The model that notebooks load: SCLIP_MODEL, a name for `clip.load`, else the bundled one."""
+    return os.environ.get("SCLIP_MODEL") or "tiny"
+
+
 def results() -> Path:
-    """The folder of stored results: SCLIP_RESULTS (as seen from `home()`), else data/results."""
-    return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser()
+    """The folder of stored results: SCLIP_RESULTS (as seen from `home()`), else data/results; of another model than the
+    bundled one, the folder of its name in it.
+    """
+    return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser() / _of_model()
+
+
+def figures() -> Path:
+    """The folder that notebooks draw to; of another model than the bundled one, the folder of its name in it."""
+    return home() / "figures" / _of_model()
+
+
+def _of_model() -> str:
+    return "" if chosen() == "tiny" else re.sub(r"[^\w.]+", "-", chosen()).strip("-")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from sklearn.decomposition import PCA
 
 from sclip_lab.charts import BESIDE
-from sclip_lab.files import home, replacing
+from sclip_lab.files import figures, replacing
 
 Pair = tuple[int, int]  # rows and columns of a grid of patches, or row and column of a patch
 
@@ -30,8 +30,8 @@ SOURCE_COLOURS = ("#ff5c2b", "#2ba8ff", "#ffc400", "#ff6fd0", "#34d39b")
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write figures/NAME.png under `home()`, whole or not at all; the same figure gives the same bytes."""
-    with replacing(home() / "figures" / f"{name}.png") as temporary:
+    """Write NAME.png into the folder of figures, whole or not at all; the same figure gives the same bytes."""
+    with replacing(figures() / f"{name}.png") as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight", metadata={"Software": None})
 
 

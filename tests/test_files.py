@@ -1,6 +1,6 @@
 import pytest
 
-from sclip_lab.files import home, replacing, results
+from sclip_lab.files import chosen, figures, home, replacing, results
 
 
 def test_home_is_the_environments_word(monkeypatch, tmp_path):
@@ -18,11 +18,24 @@ def test_home_without_a_word_is_the_checkout_or_the_working_directory(monkeypatc
 def test_results_are_seen_from_home(word, expected, monkeypatch, tmp_path):
     monkeypatch.setenv("SCLIP_HOME", str(tmp_path))
     monkeypatch.delenv("SCLIP_RESULTS", raising=False)
+    monkeypatch.delenv("SCLIP_MODEL", raising=False)
     if word is not None:
         monkeypatch.setenv("SCLIP_RESULTS", word)
     assert results() == tmp_path / expected
     monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path / "absolute"))
     assert results() == tmp_path / "absolute"
+
+
+def test_what_is_found_with_another_model_stays_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCLIP_HOME", str(tmp_path))
+    monkeypatch.delenv("SCLIP_RESULTS", raising=False)
+    for bundled in ("", "tiny"):
+        monkeypatch.setenv("SCLIP_MODEL", bundled)
+        assert (chosen(), results(), figures()) == ("tiny", tmp_path / "data" / "results", tmp_path / "figures")
+    monkeypatch.setenv("SCLIP_MODEL", "ViT-B-16-quickgelu:some/where/weights.pt")
+    folder = "ViT-B-16-quickgelu-some-where-weights.pt"
+    assert chosen() == "ViT-B-16-quickgelu:some/where/weights.pt"
+    assert (results(), figures()) == (tmp_path / "data" / "results" / folder, tmp_path / "figures" / folder)
 
 
 def test_replacing_writes_whole_and_leaves_nothing_else(tmp_path):

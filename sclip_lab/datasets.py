@@ -2,17 +2,31 @@
 
 A dataset is a list of keys and a function that reads one. Datasets over the same pictures (`pictures`) differ in
 vocabulary only, so that a sweep runs the tower once for all of them.
+
+The benchmarks are read from their owners' own files (`readers`), with the words, the protocol and the labelling of the
+SCLIP authors' configuration (Wang et al. 2024, arXiv 2312.01597).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
+from pathlib import Path
+from zlib import crc32
 
 import numpy as np
+import pandas as pd
 
-from sclip_lab import scenes
+from sclip_lab import readers, scenes
+from sclip_lab.files import home
 from sclip_lab.label import Labelling
+from sclip_lab.protocol import Protocol
+from sclip_lab.readers import LAYOUTS, BrokenImage
+from sclip_lab.remap import IGNORED, TABLES
+from sclip_lab.text import parse
+
+__all__ = ["BENCHMARKS", "Benchmark", "BrokenImage", "Dataset", "datasets", "load_dataset"]
 
 Read = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
@@ -22,9 +36,11 @@ SPLITS = {"val": HELD_OUT, "train": 0}  # seed of the scenes; 0 is the one that 
 
 @dataclass(frozen=True)
 class Dataset:
-    """`classes`: lines for `text.parse`. `read(key)`: image uint8 [H W 3], truth uint8 [H W], 255 ignored.
+    """`classes`: lines for `text.parse`. `read(key)`: image uint8 [H W 3], truth uint8 [H W], 255 ignored; it raises
+    `BrokenImage` for a file that cannot be used, and other pictures may be fine.
 
     `split`: "val", to be evaluated on, or "train", to learn from, whose `name` and `pictures` end in "-train".
+    `protocol`: the paper's for this dataset; None: what suits the model.
     """
 
     name: str
@@ -34,39 +50,100 @@ class Dataset:
     read: Read
     labelling: Labelling = Labelling()
     split: str = "val"
+    protocol: Protocol | None = None
 
 
-def datasets() -> tuple[str, ...]:
-    """Names of the datasets that `load_dataset` knows."""
-    return tuple(_LOADERS)
+@dataclass(frozen=True)
+class Benchmark:
+    """What the SCLIP authors' configuration says of a benchmark: pictures (of readers.LAYOUTS), how many of them, the
+    short side of their protocol, which is 224/112 otherwise, and how scores become labels."""
+
+    pictures: str
+    images: int
+    short_side: int = 336
+    labelling: Labelling = Labelling()
+    vocabulary: str = ""  # where it is not the dataset's name
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(self.short_side)
+
+
+# Numbers of pictures are known from memory, but for VOC 2012 and COCO; `data check` counts.
+BENCHMARKS = {
+    "voc21": Benchmark("voc2012", 1449, labelling=Labelling(65, 0.1, 0.1)),
+    "voc20": Benchmark("voc2012", 1449),
+    "context60": Benchmark("pascal-context", 5105, labelling=Labelling(50, 0.1)),
+    "context59": Benchmark("pascal-context", 5105),
+    "coco-object": Benchmark("coco2017", 5000, labelling=Labelling(50, 0.1)),
+    "coco-stuff": Benchmark("coco2017", 5000, short_side=448),
+    "coco-stuff-10k": Benchmark("coco-stuff-10k", 1000, vocabulary="coco-stuff"),
+    "ade20k": Benchmark("ade20k", 2000),
+    "cityscapes": Benchmark("cityscapes", 500, short_side=560),
+}
+
+
+def datasets() -> pd.DataFrame:
+    """What `load_dataset` knows: by name, the number of pictures and classes, and the paper's protocol and labelling.
+
+    The bundled scenes have no protocol of their own. Pictures are those of the "val" split, as the owner has them.
+    """
+    plain = str(Labelling())
+    rows = {f"scenes-{name}": (SCENES, len(words), "", plain) for name, words in scenes.VOCABULARIES.items()}
+    for name, row in BENCHMARKS.items():
+        rows[name] = (row.images, len(_vocabulary(name)), str(row.protocol), str(row.labelling))
+    columns = ["images", "classes", "protocol", "labelling"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("dataset")
 
 
 def load_dataset(
-    name: str, root: str | PathLike[str] | None = None, limit: int | None = None, split: str = "val"
+    name: str | PathLike[str], root: str | PathLike[str] | None = None, limit: int | None = None, split: str = "val"
 ) -> Dataset:
     """A dataset by name, the first `limit` pictures of its "val" or "train" split.
 
-    `root`: the owners' folder, which the bundled scenes don't need. Picture i is the same under every limit. Raises
-    ValueError for an unknown name or split and for a limit below 1.
+    `root`: the folder with the owners' files, laid out as in `readers`; None: SCLIP_DATA. The bundled scenes need none.
+    A folder of your own is a dataset too, by its path or as ("folder", root): `images`, `masks` (PNGs of the pictures'
+    stems, with numbers from 0 in the order of the classes, 255 ignored) and `classes.txt` (see `text.parse`).
+
+    Picture i is the same under every limit. Raises ValueError for an unknown name or split and for a limit below 1,
+    FileNotFoundError where a dataset's files are not there; a single broken file is `Dataset.read`'s to report.
     """
-    if name not in _LOADERS:
-        raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(_LOADERS)}")
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} of {name!r}: expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split={split!r} of {str(name)!r}: expected one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least one picture, or None for all")
-    dataset = _LOADERS[name](root, split)
+    if name in _SCENES:
+        dataset = _scenes(str(name).removeprefix("scenes-"), split)
+    elif name in BENCHMARKS:
+        dataset = _benchmark(str(name), _root(root, str(name)), split)
+    elif name == "folder" or Path(name).is_dir():
+        dataset = _folder(_root(root, "folder") if name == "folder" else Path(name), split)
+    else:
+        known = ", ".join([*_SCENES, *BENCHMARKS])
+        raise ValueError(f"unknown dataset {str(name)!r}: expected one of {known}, or a folder of images and masks")
     return replace(dataset, keys=dataset.keys[:limit])
 
 
-def _scenes(vocabulary: str, root: str | PathLike[str] | None, split: str) -> Dataset:
-    keys = tuple(map(str, range(SCENES)))
-    suffix = "" if split == "val" else f"-{split}"
+def _root(root: str | PathLike[str] | None, name: str) -> Path:
+    folder = root or os.environ.get("SCLIP_DATA")
+    if not folder:
+        raise ValueError(f"dataset {name!r} has no root: expected the folder of its files, as root= or in SCLIP_DATA")
+    return Path(folder).expanduser()
+
+
+def _suffix(split: str) -> str:
+    return "" if split == "val" else f"-{split}"
+
+
+_SCENES = tuple(f"scenes-{vocabulary}" for vocabulary in scenes.VOCABULARIES)
+
+
+def _scenes(vocabulary: str, split: str) -> Dataset:
     return Dataset(
-        f"scenes-{vocabulary}{suffix}",
-        f"scenes{suffix}",
+        f"scenes-{vocabulary}{_suffix(split)}",
+        f"scenes{_suffix(split)}",
         scenes.VOCABULARIES[vocabulary],
-        keys,
+        tuple(map(str, range(SCENES))),
         partial(_scene, vocabulary, SPLITS[split]),
         split=split,
     )
@@ -77,4 +154,44 @@ def _scene(vocabulary: str, seed: int, key: str) -> tuple[np.ndarray, np.ndarray
     return images[0], scenes.vocabulary_labels(labels[0], vocabulary)
 
 
-_LOADERS = {f"scenes-{vocabulary}": partial(_scenes, vocabulary) for vocabulary in scenes.VOCABULARIES}
+def _benchmark(name: str, root: Path, split: str) -> Dataset:
+    row = BENCHMARKS[name]
+    layout = LAYOUTS[row.pictures]
+    keys = readers.keys(layout, root, split)
+    if not keys:
+        expected = layout.path("keys" if layout.keys else "image", split, "*")
+        hint = f"expected {expected}; `python -m sclip_lab data check {root}` says what to get"
+        raise FileNotFoundError(f"no pictures of {name!r} ({split}) in {str(root)!r}: {hint}")
+    return Dataset(
+        name + _suffix(split),
+        row.pictures + _suffix(split),
+        _vocabulary(name),
+        keys,
+        partial(readers.read, layout, root, split, TABLES[name]),
+        row.labelling,
+        split,
+        row.protocol,
+    )
+
+
+def _vocabulary(name: str) -> tuple[str, ...]:
+    path = home() / "data" / "vocabularies" / f"{BENCHMARKS[name].vocabulary or name}.txt"
+    return tuple(path.read_text(encoding="utf-8").splitlines())
+
+
+def _folder(root: Path, split: str) -> Dataset:
+    """A folder of one's own. Its name has a fingerprint of its files, so that stored results never mix two folders."""
+    files, listing = readers.pictures(root / "images"), root / "classes.txt"
+    if not files or not listing.is_file():
+        missing = "no classes.txt" if files else "no pictures in images/"
+        raise FileNotFoundError(f"folder {str(root)!r} has {missing}: expected images/, masks/ and classes.txt")
+    classes = tuple(listing.read_text(encoding="utf-8").splitlines())
+    masks = root / "masks"
+    sizes = [(path.name, path.stat().st_size) for path in [*files.values(), *sorted(masks.glob("*.png"))]]
+    name = f"{root.resolve().name}-{crc32(repr((classes, sizes)).encode()):08x}{_suffix(split)}"
+    table = {label: label for label in range(len(parse(classes)))} | {IGNORED: IGNORED}
+    return Dataset(name, name, classes, tuple(files), partial(_pair, files, masks, table), split=split)
+
+
+def _pair(files: dict[str, Path], masks: Path, table: dict[int, int], key: str) -> tuple[np.ndarray, np.ndarray]:
+    return readers.read_pair(files[key], masks / f"{key}.png", table)

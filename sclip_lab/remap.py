@@ -121,8 +121,9 @@ def remap(mask: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     """An owner's numbers [H W] -> labels [H W] uint8. Raises ValueError for numbers that `table` doesn't have."""
     place = np.full(max(table) + 2, -1, dtype=np.int16)  # the last one is for numbers beyond the table
     place[list(table)] = list(table.values())
-    labels = place[np.clip(mask.astype(np.int32), -1, len(place) - 1)]
-    if unknown := np.unique(mask[labels < 0]).tolist():
+    numbers = mask.astype(np.int32)
+    labels = place[np.clip(numbers, -1, len(place) - 1)]
+    if unknown := np.unique(numbers[labels < 0]).tolist():
         shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(f"unknown numbers {shown}: expected {_ranges(table)}")
     return labels.astype(np.uint8)

@@ -3,10 +3,13 @@
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
+from zipfile import BadZipFile
 
 import pooch
 import requests
@@ -118,9 +121,10 @@ def check(root: Path, names: Iterable[str] = ()) -> list[Found]:
 def get(name: str, root: Path) -> None:
     """Download and unpack what a dataset needs: verified, with a progress bar, going on where an earlier try ended.
 
-    Archives stay in `root`/downloads. Raises ValueError for a wrong checksum, or where the owner asks for a
-    registration; ConnectionError where the connection was lost too often; requests' errors else.
+    Archives stay in `root`/downloads. Raises ValueError for a wrong checksum, a broken archive, or where the owner asks
+    for a registration; ConnectionError where the connection was lost too often; requests' errors else.
     """
+    pooch.get_logger().setLevel("WARNING")
     for archive in ARCHIVES[pictures_of(name)]:
         if not archive.url:
             raise ValueError(
@@ -129,9 +133,7 @@ def get(name: str, root: Path) -> None:
         path = Path(pooch.retrieve(archive.url, archive.checksum, archive.name, root / "downloads", downloader=resume))
         if archive.checksum is None:
             print(f"{archive.name}: no checksum is known to compare with, this one has sha256:{pooch.file_hash(path)}")
-        print(f"unpacking {path} into {root / archive.into}")
-        safe = {"filter": "data"} if ".tar" in archive.name else {}
-        shutil.unpack_archive(path, root / archive.into, **safe)  # type: ignore[arg-type]
+        _unpack(path, root / archive.into)
 
 
 def resume(url: str, output_file: Any, pooch: Any = None) -> None:
@@ -151,8 +153,8 @@ def resume(url: str, output_file: Any, pooch: Any = None) -> None:
             raise
         except requests.RequestException as error:
             reason = str(error).partition("\n")[0]
-            tries = 1 if _size(part) > before else tries + 1
-            time.sleep(tries - 1)
+            tries = 0 if _size(part) > before else tries + 1
+            time.sleep(max(tries - 1, 0))
     raise ConnectionError(f"{url} broke off at {_size(part)} bytes ({reason}): run this again to go on from there")
 
 
@@ -184,6 +186,18 @@ def _append(url: str, part: Path) -> None:
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    print(f"unpacking {path} into {folder}")
+    safe = {"filter": "data"} if ".tar" in path.name else {}
+    try:
+        shutil.unpack_archive(path, folder, **safe)  # type: ignore[arg-type]
+    except (shutil.ReadError, BadZipFile, TarError, EOFError, zlib.error) as error:
+        path.unlink()  # or it would be taken for the owner's next time
+        raise ValueError(
+            f"{path.name} is no whole archive ({error}), and was removed: try again, or get it by hand"
+        ) from None
 
 
 def _size(path: Path) -> int:

@@ -132,10 +132,15 @@ def _numbers(path: Path, variable: str) -> np.ndarray:
     if not path.is_file():
         raise BrokenImage(f"mask {str(path)!r}: no such file, expected the mask of the picture of that name")
     try:
-        mask = loadmat(path)[variable] if variable else np.asarray(Image.open(path))
+        mask = loadmat(path)[variable] if variable else _indices(path)
     except Exception as error:  # decoders raise all sorts of things
         reason = str(error).partition("\n")[0].replace(str(path), "it")
         raise BrokenImage(f"mask {str(path)!r} cannot be decoded ({reason}): expected a whole file") from None
     if mask.ndim != 2:
         raise BrokenImage(f"mask {str(path)!r} is {list(mask.shape)}: expected numbers of classes [H W], not colours")
     return mask
+
+
+def _indices(path: Path) -> np.ndarray:
+    with Image.open(path) as mask:
+        return np.asarray(mask)

@@ -162,6 +162,17 @@ def test_an_unknown_checksum_is_said_to_be_and_computed(owner, monkeypatch, tmp_
     assert f"a.tar: no checksum is known to compare with, this one has sha256:{found}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.zip"])
+@pytest.mark.parametrize("spoil", [lambda data: b"<html>Moved</html>", lambda data: data[:-100_000]])
+def test_what_is_no_whole_archive_is_not_kept(owner, monkeypatch, tmp_path, name, spoil) -> None:
+    offer(owner, monkeypatch, name, None)
+    owner.files[f"/{name}"] = spoil(owner.files[f"/{name}"])
+    with pytest.raises(ValueError, match=rf"{name} is no whole archive .* was removed") as error:
+        get("voc2012", tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "downloads").iterdir())
+
+
 def test_a_file_that_is_not_there_is_an_error_at_once(owner, monkeypatch, tmp_path) -> None:
     offer(owner, monkeypatch, "a.tar")
     owner.files.clear()

@@ -103,8 +103,8 @@ class Found:
 
     def __str__(self) -> str:
         users = ", ".join(name for name, row in BENCHMARKS.items() if row.pictures == self.name)
-        some = "complete" if self.pictures == self.expected else f"{self.pictures} of {self.expected} pictures"
-        lines = [f"{self.name} ({users}): {some}"]
+        whole = "complete, " if self.pictures == self.expected and not self.missing else ""
+        lines = [f"{self.name} ({users}): {whole}{self.pictures} of {self.expected} pictures"]
         lines += [f"    missing {part}: {path}" for part, path in self.missing.items()]
         wanted = [one for one in ARCHIVES[self.name] if set(one.holds) & set(self.missing)]
         lines += [f"    get {_origin(one)}, unpack it into {self.root / one.into}" for one in wanted]

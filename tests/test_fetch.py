@@ -218,7 +218,24 @@ def test_check_says_what_is_there_what_is_missing_and_where_to_get_it(tmp_path: 
     assert "data get" not in city
 
     mask.touch()
-    assert check(tmp_path, ["voc21", "voc20"])[0].missing == {}
+    only, *others = check(tmp_path, ["voc21", "voc20"])
+    assert (only.missing, others) == ({}, [])
+
+
+def test_check_calls_complete_what_has_all_pictures_and_masks(tmp_path: Path) -> None:
+    masks = []
+    for number in range(500):
+        key = f"lindau/lindau_{number:06}"
+        for path in (f"leftImg8bit/val/{key}_leftImg8bit.png", f"gtFine/val/{key}_gtFine_labelIds.png"):
+            (tmp_path / "cityscapes" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cityscapes" / path).touch()
+        masks.append(tmp_path / "cityscapes" / path)
+    assert str(check(tmp_path, ["cityscapes"])[0]) == "cityscapes (cityscapes): complete, 500 of 500 pictures"
+    for mask in masks[7:9]:
+        mask.unlink()
+    said = str(check(tmp_path, ["cityscapes"])[0])
+    assert "complete" not in said
+    assert f"missing mask: {masks[7]} and 1 more" in said
 
 
 def test_check_asks_only_for_the_archive_that_is_missing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Average the heads first (`weights.mean(1)`) for the map of a whole layer.
 
 from functools import lru_cache
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -102,6 +103,17 @@ def retrieved(images: Tensor, texts: Tensor, captions: list[str]) -> np.ndarray:
     """
     nearest = (images @ texts.T).argmax(dim=1).tolist()
     return np.array([captions[found] == own for found, own in zip(nearest, captions, strict=True)])
+
+
+def borders(truth: ArrayLike | Tensor, within: float) -> np.ndarray:
+    """Which pixels [H W] bool of a label map have one of another label, 255 among them, at most `within` pixels away.
+
+    The band of a trimap (Kohli et al. 2009): where labels are hard to tell for want of resolution alone.
+    """
+    reach = np.arange(-int(within), int(within) + 1)
+    disk = np.hypot(reach, reach[:, None]) <= within
+    # Under the disk the largest label less the smallest one.
+    return cv2.morphologyEx(_numpy(truth).astype(np.uint8), cv2.MORPH_GRADIENT, disk.astype(np.uint8)) > 0
 
 
 # Attention maps

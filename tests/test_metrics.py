@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics import confusion_matrix
 
@@ -60,6 +61,19 @@ def test_iou_is_of_the_data_set_with_absent_classes_left_out():
     np.testing.assert_allclose(metrics.iou(counts), [3 / 5, 0, np.nan])
     assert metrics.miou(counts) == pytest.approx(0.3)
     assert np.isnan(metrics.miou(np.zeros((3, 3))))
+
+
+@pytest.mark.parametrize("within", [1, 2, 4.3])
+def test_borders_are_what_lies_near_another_label_by_scipys_distances(within):
+    truth = np.repeat(np.repeat(maps(size=(5, 4))[1], 9, axis=0), 11, axis=1)  # blocks, some of them 255
+    apart = np.max([distance_transform_edt(truth == label) for label in np.unique(truth)], axis=0)
+    near = metrics.borders(truth, within)
+    np.testing.assert_array_equal(near, apart <= within)
+    assert 0 < near.mean() < 1
+
+
+def test_a_picture_of_one_label_has_no_borders():
+    assert not metrics.borders(np.full((6, 5), 3), 2).any()
 
 
 def test_bootstrap_agrees_with_scipys():

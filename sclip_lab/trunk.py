@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 class Site:
     """One attention in the tower: the stream that enters its block, and what follows from it, computed once, on demand.
 
-    stream [b n d]; grid: rows and columns of patches; below: the sites of the layers underneath.
+    stream [b n d]; grid: rows and columns of patches; below: the sites of the layers underneath; pixels [b 3 H W]: what
+    the tower was shown, normalised, for attentions that ask another model.
     """
 
     blocks: nn.ModuleList
     stream: Tensor
     grid: tuple[int, int]
     below: tuple[Site, ...] = ()
+    pixels: Tensor | None = None
 
     @property
     def layer(self) -> int:
@@ -129,35 +131,51 @@ class Readout:
     """What the last block adds around its attention branch; its `str` is the key in results, as in "full", "no_mlp*2".
 
     residual: the stream is kept; mlp: the block's MLP is run (on what there is, with its own residual); gain: factor on
-    the attention branch. "full" is CLIP, MaskCLIP and SCLIP; "no_mlp" ITACLIP; "bare" NACLIP and ClearCLIP.
+    the attention branch. beside: the attention branches of all the layers are added up in a second path, without MLP,
+    beside the tower, which stays as it is. "full" is CLIP, MaskCLIP and SCLIP; "no_mlp" ITACLIP; "bare" NACLIP and
+    ClearCLIP; "beside" GEM and CLIP Surgery, with the last 6 layers.
     """
 
     residual: bool = True
     mlp: bool = True
     gain: float = 1.0
+    beside: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.gain):
             raise ValueError(f"gain {self.gain} of a read-out is not a finite number")
+        if self._kept not in _READOUTS.values():
+            raise ValueError(f"read-out {self._kept}: a path beside the tower has a residual and no MLP")
+
+    @property
+    def _kept(self) -> tuple[bool, bool, bool]:
+        return self.residual, self.mlp, self.beside
 
     def __str__(self) -> str:
-        name = next(name for name, kept in _READOUTS.items() if kept == (self.residual, self.mlp))
+        name = next(name for name, kept in _READOUTS.items() if kept == self._kept)
         return name if self.gain == 1 else f"{name}*{str(float(self.gain)).removesuffix('.0')}"
 
     @classmethod
     def parse(cls, key: str | Readout) -> Readout:
-        """The read-out of a key: "full", "no_mlp", "no_residual", "bare", with "*GAIN" at will; else a ValueError."""
+        """The read-out of a key: one of "full", "no_mlp", "no_residual", "bare", "beside", with "*GAIN" at will."""
         if isinstance(key, Readout):
             return key
         try:
             name, times, gain = key.replace(" ", "").partition("*")
-            return cls(*_READOUTS[name], float(gain if times else 1))
+            residual, mlp, beside = _READOUTS[name]
+            return cls(residual, mlp, float(gain if times else 1), beside)
         except (AttributeError, KeyError, ValueError):
             expected = ", ".join(_READOUTS)
             raise ValueError(f"unknown readout {key!r}: expected {expected}, or one with a gain: 'full*2'") from None
 
 
-_READOUTS = {"full": (True, True), "no_mlp": (True, False), "no_residual": (False, True), "bare": (False, False)}
+_READOUTS = {  # residual, mlp, beside
+    "full": (True, True, False),
+    "no_mlp": (True, False, False),
+    "no_residual": (False, True, False),
+    "bare": (False, False, False),
+    "beside": (True, False, True),
+}
 
 
 def encode(visual: VisionTransformer, pixels: Tensor) -> Trunk:
@@ -168,7 +186,7 @@ def encode(visual: VisionTransformer, pixels: Tensor) -> Trunk:
     another tower or for unfit pixels.
     """
     x, grid = _embed(visual, pixels)
-    site = Site(visual.transformer.resblocks, x, grid)
+    site = Site(visual.transformer.resblocks, x, grid, pixels=pixels)
     return Trunk(visual, _climb(site, {}))
 
 
@@ -183,13 +201,17 @@ def dense(
     attention: a spec ("csa") or a callable(site) -> weights broadcastable to [b h n n]. readout: what the LAST block
     keeps around it, a `Readout` or its key; blocks below stay whole. layers: where the attention takes its place,
     counted from 0, or from the end by negative numbers; the stream above a replaced layer is computed anew, and a last
-    layer that is not among them keeps CLIP's own attention.
+    layer that is not among them keeps CLIP's own attention. Under the read-out "beside" nothing is computed anew: what
+    enters the first of the layers and the attention branches of each add up.
     """
     attend, readout = resolve(attention), Readout.parse(readout)
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
     last = len(trunk.sites) - 1
-    site = _climb(trunk.sites[min(replaced, default=last)], replaced)[-1]
-    x = _block(site, replaced.get(last, _OWN), readout)
+    first = trunk.sites[min(replaced, default=last)]
+    if readout.beside:
+        x = first.stream + sum(_branch(trunk.sites[layer], attend, readout.gain) for layer in replaced)
+    else:
+        x = _block(_climb(first, replaced)[-1], replaced.get(last, _OWN), readout)
     return trunk.visual.ln_post(x) @ trunk.visual.proj  # [b n e]
 
 
@@ -201,21 +223,26 @@ def _climb(site: Site, replaced: dict[int, Attention]) -> tuple[Site, ...]:
     while site.layer < len(site.blocks) - 1:
         attend = replaced.get(site.layer)
         x = _block(site, attend, Readout()) if attend else site.block(site.stream)
-        site = Site(site.blocks, x, site.grid, (*site.below, site))
+        site = Site(site.blocks, x, site.grid, (*site.below, site), site.pixels)
     return (*site.below, site)
 
 
 def _block(site: Site, attend: Attention, readout: Readout) -> Tensor:
     """What a block adds up to, [b n d], with `attend` in the place of its attention."""
+    out = _branch(site, attend, readout.gain)
+    x = site.stream + out if readout.residual else out
+    return x + site.block.ls_2(site.block.mlp(site.block.ln_2(x))) if readout.mlp else x
+
+
+def _branch(site: Site, attend: Attention, gain: float) -> Tensor:
+    """The attention branch of a block, [b n d], before its residual."""
     block, attention = site.block, site.block.attn
     out = _weights(site, attend) @ site.v  # [b h n c]
     if getattr(attention, "head_scale", None) is not None:
         out = out * attention.head_scale
     out = out.transpose(1, 2).flatten(2)  # [b n d]
     out = attention.out_proj(_maybe(attention, "ln_inner")(out))
-    out = readout.gain * block.ls_1(_maybe(block, "ln_attn")(out))
-    x = site.stream + out if readout.residual else out
-    return x + block.ls_2(block.mlp(block.ln_2(x))) if readout.mlp else x
+    return gain * block.ls_1(_maybe(block, "ln_attn")(out))
 
 
 def _weights(site: Site, attend: Attention) -> Tensor:

@@ -10,6 +10,7 @@ from sclip_lab.attention import affinity
 from sclip_lab.clip import Clip, load
 from sclip_lab.datasets import datasets, load_dataset
 from sclip_lab.label import Labelling
+from sclip_lab.later import repair
 from sclip_lab.protocol import Protocol
 from sclip_lab.registry import attention, canonical, variant, variants
 from sclip_lab.segment import Segmentation, logits, segment
@@ -19,7 +20,7 @@ from sclip_lab.trunk import Readout, Site, Trunk, dense, encode
 
 __all__ = [
     "Clip", "Labelling", "Protocol", "Readout", "Segmentation", "Site", "Trunk", "affinity", "attention",
-    "canonical", "compare", "datasets", "dense", "encode", "load", "load_dataset", "logits", "segment",
+    "canonical", "compare", "datasets", "dense", "encode", "load", "load_dataset", "logits", "repair", "segment",
     "summarise", "sweep", "variant", "variants",
 ]  # fmt: skip
 

@@ -51,10 +51,11 @@ def in_heads(x):
 
 @dataclass(frozen=True)
 class Place:
-    """One image before the last block of `streams`, which hold what entered the blocks so far."""
+    """One image [3 H W] before the last block of `streams`, which hold what entered the blocks so far."""
 
     weights: dict
     streams: tuple
+    image: np.ndarray
 
     @property
     def name(self):
@@ -82,7 +83,7 @@ class Place:
         return self.projected(2)
 
     def at(self, layer):
-        return Place(self.weights, self.streams[: layer % LAYERS + 1])
+        return Place(self.weights, self.streams[: layer % LAYERS + 1], self.image)
 
     def after(self, attend, residual=True, mlp=True, gain=1):
         """The tokens [n d] behind the block, under an attention."""
@@ -117,15 +118,19 @@ def climb(weights, image, replaced):
     """The last block's place, under the attentions {layer: oracle} of the blocks below and CLIP's own elsewhere."""
     streams = (entrance(weights, image),)
     for layer in range(LAYERS - 1):
-        place = Place(weights, streams)
+        place = Place(weights, streams, image)
         streams = (*streams, place.after(replaced.get(layer, vanilla)))
-    return Place(weights, streams)
+    return Place(weights, streams, image)
+
+
+def embedded(weights, x):
+    """Tokens [n d] behind the last block -> CLIP-space tokens [n e]."""
+    return np.stack([token @ weights["proj"] for token in normalised(x, weights, "ln_post")])
 
 
 def tokens(weights, image, replaced, **readout):
     """CLIP-space tokens [n e]."""
-    x = climb(weights, image, replaced).after(replaced.get(LAYERS - 1, vanilla), **readout)
-    return np.stack([token @ weights["proj"] for token in normalised(x, weights, "ln_post")])
+    return embedded(weights, climb(weights, image, replaced).after(replaced.get(LAYERS - 1, vanilla), **readout))
 
 
 # The variants: place -> weights [h n n]
@@ -255,6 +260,97 @@ def heads(keep, of):
     return attend
 
 
+def softmax(logits):
+    """Rows of [h n n] exponentiated and brought to sum 1; -inf is no weight."""
+    weights = np.zeros((HEADS, N, N))
+    for head in range(HEADS):
+        for i in range(N):
+            powers = [exp(logit - max(logits[head][i])) for logit in logits[head][i]]
+            for j in range(N):
+                weights[head, i, j] = powers[j] / sum(powers)
+    return weights
+
+
+def omega(std):
+    """[n n]: the Gaussian of the distance between patches, 0 for CLS."""
+    window = np.zeros((N, N))
+    for i in range(1, N):
+        for j in range(1, N):
+            (row, col), (other_row, other_col) = divmod(i - 1, COLS), divmod(j - 1, COLS)
+            window[i, j] = exp(-((row - other_row) ** 2 + (col - other_col) ** 2) / (2 * std**2))
+    return window
+
+
+def naclip(std):
+    def attend(place):
+        k = place.k
+        products = [[[sum(k[h][i] * k[h][j]) for j in range(N)] for i in range(N)] for h in range(HEADS)]
+        return softmax(np.array(products) / sqrt(C) + omega(std))
+
+    return attend
+
+
+def nonly(std):
+    def attend(place):
+        lengths = [
+            sqrt(sum(place.q[head][i] ** 2)) * sqrt(sum(place.k[head][j] ** 2))
+            for head in range(HEADS)
+            for i in range(N)
+            for j in range(N)
+        ]
+        strength = sum(lengths) / len(lengths) / sqrt(C)
+        return softmax([strength * omega(std)] * HEADS)
+
+    return attend
+
+
+def gem(iterations, tau=None):
+    def attend(place):
+        lengths = [sqrt(sum(token**2)) for token in place.x]
+        factor = tau or sum(lengths) / N / sqrt(C)
+        total = np.zeros((HEADS, N, N))
+        for projected in (place.q, place.k, place.v):
+            p = [[value / sqrt(sum(value**2)) for value in head] for head in projected]
+            for _ in range(iterations):
+                alike = correlate(p, p, tau=factor * sqrt(C))
+                p = [[sum(alike[head, i, j] * p[head][j] for j in range(N)) for i in range(N)] for head in range(HEADS)]
+                p = [[value / sqrt(sum(value**2)) for value in head] for head in p]
+            total += correlate(p, p, tau=factor * sqrt(C))
+        return total / 3
+
+    return attend
+
+
+def cross(of, weight, tau, layers):
+    def attend(place):
+        crossed = sum(vanilla(place.at(layer)) for layer in layers) / len(layers)
+        return tau * ((1 - weight) * of(place) + weight * crossed)
+
+    return attend
+
+
+def proxy(beta, gamma):
+    """By the mean colours of patches."""
+
+    def attend(place):
+        colours = []
+        for row in range(ROWS):
+            for col in range(COLS):
+                patch = place.image[:, row * PATCH : (row + 1) * PATCH, col * PATCH : (col + 1) * PATCH]
+                colours.append(np.array([channel.sum() / PATCH**2 for channel in patch]))
+        cosines = np.array([[a @ b / sqrt(a @ a) / sqrt(b @ b) for b in colours] for a in colours])
+        logits = np.full((N, N), -np.inf)
+        logits[0, 0] = 0
+        for i in range(1, N):
+            for j in range(1, N):
+                logit = gamma * (cosines[i - 1, j - 1] - beta * cosines.mean())
+                if logit >= 0 or i == j:
+                    logits[i, j] = logit
+        return softmax([logits] * HEADS)
+
+    return attend
+
+
 ORACLES = {
     "vanilla": vanilla,
     "identity": identity,
@@ -285,6 +381,16 @@ ORACLES = {
     "heads(keep=1)": heads([1], csa),
     "heads(keep=(0,), of='sharpen(tau=0.5)')": heads([0], sharpen(0.5, vanilla)),
     "window(size=3, of='sharpen(tau=2, of=\"random(n=2, seed=1)\")')": window(3, sharpen(2, random(2, 1))),
+    "naclip": naclip(5),
+    "naclip(std=0.8)": naclip(0.8),
+    "nonly": nonly(5),
+    "nonly(std=2)": nonly(2),
+    "gem": gem(1),
+    "gem(iterations=2, tau=7)": gem(2, 7),
+    "cross": cross(naclip(5), 0.3, 2, [1, 2]),
+    "cross(of='qq', weight=0.6, tau=1, layers=(0,))": cross(qq, 0.6, 1, [0]),
+    "proxy": proxy(1.2, 3),
+    "proxy(beta=0.5, gamma=1)": proxy(0.5, 1),
 }
 
 
@@ -348,3 +454,18 @@ def test_tokens_under_other_readouts(readout, kept, tower, images):
     trunk = sclip_lab.encode(visual, torch.from_numpy(images))
     expected = np.stack([tokens(weights, image, {LAYERS - 1: csa}, **kept) for image in images])
     np.testing.assert_allclose(sclip_lab.dense(trunk, "csa", readout), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("readout", "gain"), [("beside", 1), ("beside*0.5", 0.5)])
+@pytest.mark.parametrize("spec", ["vv", "gem"])
+def test_tokens_of_a_path_beside_the_tower(spec, readout, gain, tower, images):
+    visual, weights = tower
+    trunk, expected = sclip_lab.encode(visual, torch.from_numpy(images)), []
+    for image in images:
+        place = climb(weights, image, {})
+        x = np.array(place.streams[1])
+        for layer in (1, 2, 3):
+            x = x + place.at(layer).after(ORACLES[spec], residual=False, mlp=False, gain=gain)
+        expected.append(embedded(weights, x))
+    found = sclip_lab.dense(trunk, spec, readout, layers=(1, 2, 3))
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-5, rtol=0)

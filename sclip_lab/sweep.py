@@ -6,10 +6,11 @@ derived from them later (`summary`).
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from sclip_lab.clip import Clip, load
-from sclip_lab.datasets import Dataset, load_dataset
+from sclip_lab.datasets import BrokenImage, Dataset, load_dataset
 from sclip_lab.files import results
 from sclip_lab.metrics import counts
 from sclip_lab.protocol import Protocol, Stitched
@@ -44,24 +45,28 @@ def sweep(
     layers: Iterable[Layers] = ((-1,),),
     limit: int | None = None,
     store: str | None = None,
+    strict: bool = False,
 ) -> pd.DataFrame:
     """Every combination of the arguments on every image: one row per cell, image and class, with pixel counts.
 
-    Columns: store.TEXT, store.COUNTS. A single value serves as a list of one. `protocols` None: windows of the size the
-    model was trained on. `limit`: pictures per dataset. `store`: a file of that name in the folder of results is read
-    first, only what is missing in it is measured, and what is measured is added; without it, all is measured. An
-    attention without a spec is known by its `__name__`, in the file too: choose another when you change it. Pictures
-    are measured side by side (see `side_by_side`), so that an attention must keep nothing between its calls.
+    Columns: store.TEXT, store.COUNTS. A single value serves as a list of one. `protocols` None: the paper's for each
+    benchmark, windows of the size that the model was trained on for other datasets. `limit`: pictures per dataset.
+    `store`: a file of that name in the folder of results is read first, only what is missing in it is measured, and
+    what is measured is added; without it, all is measured. An attention without a spec is known by its `__name__`, in
+    the file too: choose another when you change it. Pictures are measured side by side (see `side_by_side`), so that an
+    attention must keep nothing between its calls.
+
+    A picture whose files cannot be used is left out of all cells, with a warning that names it; where `strict`, it ends
+    the sweep with `BrokenImage`.
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
     asked = [(dataset, queries(clip, dataset.classes)) for dataset in sets]
-    protocols = _listed(protocols or Protocol.for_image_size(clip.image_size))
     variants = list(product(map(attention, _listed(attentions)), map(Readout.parse, _listed(readouts)), layers))
-    by_pictures = [list(group) for _, group in groupby(sorted(asked, key=_pictures), key=_pictures)]
     wanted: dict[Head, None] = {}  # in order
+    broken: list[BrokenImage] = []
     with Store(results() / f"{store}.parquet" if store else None) as table:
-        for protocol, group in product(protocols, by_pictures):
+        for protocol, group in _sharing(asked, _listed(protocols) if protocols else [], clip):
             missing: Missing = {}
             for key, each in product(group[0][0].keys, variants):
                 heads = {_head(clip, one, protocol, each, key): one for one in group}
@@ -69,9 +74,28 @@ def sweep(
                     missing.setdefault(key, []).append((each, lacking))
                 wanted |= dict.fromkeys(heads)
             measure = partial(_measure, clip, protocol, missing)
-            for records in side_by_side(measure, missing, f"{_pictures(group[0])} {protocol}"):
-                table.add(records)
+            found = side_by_side(measure, missing, f"{group[0][0].pictures} {protocol}")
+            for records in found:
+                if isinstance(records, list):
+                    table.add(records)
+                elif strict:
+                    raise records
+                else:
+                    broken.append(records)
+    if broken:
+        named = "; ".join(map(str, broken))
+        warnings.warn(f"pictures left out, {len(broken)} in all: {named:.2000}", stacklevel=2)
     return _rows(table.frame, list(wanted))
+
+
+def _sharing(asked: list[Asked], protocols: Sequence[Protocol], clip: Clip) -> list[tuple[Protocol, list[Asked]]]:
+    """Protocols, each with datasets over the same pictures, for which the tower runs once."""
+    own = Protocol.for_image_size(clip.image_size)
+    each = product(protocols, asked) if protocols else ((one[0].protocol or own, one) for one in asked)
+    groups: dict[tuple, list[Asked]] = {}
+    for protocol, one in each:
+        groups.setdefault((protocol, one[0].pictures, one[0].keys), []).append(one)
+    return [(protocol, group) for (protocol, *_), group in groups.items()]
 
 
 def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: str) -> Iterator[Result]:
@@ -91,12 +115,15 @@ def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: st
 
 
 @torch.no_grad()
-def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list[Record]:
-    """One record per variant and dataset that lack one of the picture `key`."""
+def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list[Record] | BrokenImage:
+    """One record per variant and dataset that lack one of the picture `key`, or what is wrong with its files."""
     variants, records = missing[key], []
-    dataset = variants[0][1][0][0]
-    image, _ = dataset.read(key)
-    truths = {one.name: one.read(key)[1] for _, group in variants for one, _ in group}
+    sets = {dataset.name: dataset for _, group in variants for dataset, _ in group}
+    try:
+        pairs = {name: dataset.read(key) for name, dataset in sets.items()}
+    except BrokenImage as error:
+        return error
+    image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
     for variant, group in variants:
         vectors = torch.cat([words.vectors for _, words in group])
@@ -122,10 +149,6 @@ def _rows(frame: pd.DataFrame, wanted: list[Head]) -> pd.DataFrame:
     places = np.array(known, dtype=int)[frame.groupby(HEAD, observed=True, sort=False).ngroup()]
     chosen = frame.iloc[np.argsort(places, kind="stable")[(places < 0).sum() :]].reset_index(drop=True)
     return chosen.assign(**{name: chosen[name].cat.remove_unused_categories() for name in TEXT})
-
-
-def _pictures(asked: Asked) -> str:
-    return asked[0].pictures
 
 
 def _listed(values: Any) -> Sequence:

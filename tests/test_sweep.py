@@ -1,13 +1,18 @@
 """Sweeps against segmenting image by image, and against scikit-learn's confusion matrix."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from sclip_lab import Clip, Protocol, load, load_dataset, segment, summarise, sweep
-from sclip_lab.store import CELL
+from sclip_lab.datasets import BrokenImage
+from sclip_lab.store import CELL, COUNTS
 
 LIMIT, PROTOCOL = 3, Protocol(96, 96, 48)
 SETS = ("scenes-full", "scenes-background", "scenes-things")
@@ -89,3 +94,40 @@ def test_a_failure_in_one_picture_is_the_sweeps(clip: Clip) -> None:
 
     with pytest.raises(ArithmeticError, match="in one of them"):
         sweep(clip, "scenes-full", failing, PROTOCOL, limit=4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures of scenes, the second cut off, with the words and masks of the whole vocabulary."""
+    full = load_dataset("scenes-full", limit=3)
+    for sub in ("images", "masks"):
+        (tmp_path / sub).mkdir()
+    (tmp_path / "classes.txt").write_text("\n".join(full.classes))
+    for key in full.keys:
+        picture, truth = full.read(key)
+        Image.fromarray(picture).save(tmp_path / "images" / f"{key}.png")
+        Image.fromarray(truth).save(tmp_path / "masks" / f"{key}.png")
+    broken = tmp_path / "images" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    return tmp_path
+
+
+def test_a_broken_picture_is_named_and_left_out_unless_strict(clip: Clip, folder: Path) -> None:
+    dataset = load_dataset(folder)
+    with pytest.warns(UserWarning, match=r"pictures left out, 1 in all: .*1\.png"):
+        frame = sweep(clip, dataset, ["csa", "kk"], PROTOCOL)
+    assert set(frame["image"]) == {"0", "2"}
+    whole = sweep(clip, "scenes-full", ["csa", "kk"], PROTOCOL, limit=3)
+    rest = whole[whole["image"] != "1"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(frame[COUNTS], rest[COUNTS])
+    with pytest.raises(BrokenImage, match=r"1\.png"):
+        sweep(clip, dataset, "csa", PROTOCOL, strict=True)
+
+
+def test_a_dataset_brings_its_own_protocol_unless_one_is_given(clip: Clip) -> None:
+    own = replace(load_dataset("scenes-things", limit=1), protocol=Protocol(96, 0))
+    frame = sweep(clip, [own, "scenes-full"], "csa", limit=1)
+    found = frame.groupby("dataset", observed=True)["protocol"].unique()
+    assert found["scenes-things"].tolist() == ["96/whole"]
+    assert found["scenes-full"].tolist() == [str(Protocol.for_image_size(clip.image_size))]
+    assert set(sweep(clip, [own, "scenes-full"], "csa", PROTOCOL, limit=1)["protocol"]) == {str(PROTOCOL)}

@@ -1,8 +1,8 @@
 """The methods after SCLIP, in its terms: attentions, a read-out beside the tower, and a step on the trunk.
 
 Most of what followed SCLIP is an attention (here, or `qq`, `kk`, `vv` in `attention`) under another read-out; `RECIPES`
-says which belong together. The details are those of the authors' released code: for NACLIP and GEM agreement with its
-answers is tested, of the others it was read, not run. What differs from it is said.
+says which belong together. The details are those of the authors' released code, and agreement with what it answers is
+tested; what differs from it, or is left out, is said.
 
 Letters: b images, h heads, n tokens (CLS first), p = n - 1 patches, c width of a head, d width; i j grid of patches.
 """
@@ -194,7 +194,8 @@ def repair(trunk: Trunk, neighbours: int = 30, contamination: float = 0.05) -> T
     Anomaly repair of SC-CLIP (Bai et al., arXiv:2411.15869); the rest of that method is left out. Outliers are, in each
     image, the share `contamination` of patches whose Local Outlier Factor (Breunig et al., SIGMOD 2000) over
     `neighbours` is highest. Means are over patches that are none themselves; CLS stays, as do outliers among outliers
-    only. The factor is scikit-learn's, by distances; the authors wrote their own, by squared distances.
+    only. The factor is scikit-learn's; the authors wrote their own, by squared distances and with the reach of a patch
+    instead of its neighbour's, which finds other outliers in part.
     """
     site = trunk.sites[-1]
     stream = torch.stack([_repaired(x, site.grid, neighbours, contamination) for x in site.stream])

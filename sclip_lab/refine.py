@@ -55,18 +55,17 @@ class Pamr:
         protocol: Protocol = Protocol(),
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
-        device: str | torch.device = "cpu",
     ) -> Refined:
         """The refinement of logits [q H W] by an image, uint8 RGB [H W 3], that `protocol` resized for the tower.
 
         It leaves its argument as it is. Beside argument and result it needs 4 p bytes per pixel for the weights, and
         some `CHUNK`s.
         """
-        guide = _guide(image, protocol, mean, std).to(device)
-        weights = self._weights(guide)  # p H W
+        on_cpu = self._weights(_guide(image, protocol, mean, std))  # p H W
 
         def refined(logits: Tensor) -> Tensor:
             _check(logits, image)
+            weights = on_cpu.to(logits.device)
             result = torch.empty_like(logits, dtype=torch.float32)
             size = max(CHUNK // weights[0].numel(), 1)
             for chunk, place in zip(logits.split(size), result.split(size), strict=True):
@@ -80,7 +79,7 @@ class Pamr:
 
     def _weights(self, guide: Tensor) -> Tensor:
         """Affinity [p H W] of every pixel of the guide [3 H W] to its neighbours."""
-        apart = torch.zeros(8 * len(self.dilations), *guide.shape[1:], device=guide.device)
+        apart = torch.zeros(8 * len(self.dilations), *guide.shape[1:])
         for channel in guide.split(1):
             near = self._neighbours(channel)
             samples = [*near, *[channel] * len(self.dilations)]
@@ -100,13 +99,13 @@ class Pamr:
 
 @dataclass(frozen=True)
 class DenseCrf:
-    """Mean field of Σ -log softmax(scale logit), and for pixels of other labels near exp(-Δxy²/2) + alike exp(-Δ²/2)
+    """Mean field of E = Σᵢ -log softmax(scale logitᵢ) + Σ over pixels i, j of other labels: w exp(-Δ²ᵢⱼ / 2)
 
     Fully connected CRF (Krähenbühl and Koltun, NeurIPS 2011, arXiv:1210.5644), computed by pydensecrf2, the optional
-    extra "crf". Pixels are tied by weight `near_weight` within `near_xy` pixels, and by `alike_weight` within
-    `alike_xy` pixels and `alike_rgb` grey levels. Defaults are those of CLIP-ES (arXiv:2212.09506). Every word is a
-    label of its own. What comes back is log marginal / scale: with the same `scale` as logit_scale of `Labelling`, its
-    softmax gives the marginals.
+    extra "crf". Two terms tie pixels: w = `near_weight` with distances in units of `near_xy` pixels, and `alike_weight`
+    with those of `alike_xy` pixels and `alike_rgb` grey levels together. Defaults are CLIP-ES's (Lin et al., CVPR 2023,
+    arXiv:2212.09506). Every word is a label of its own. What comes back is log marginal / scale: with the same `scale`
+    as logit_scale of `Labelling`, its softmax gives the marginals.
     """
 
     scale: float = 40.0

@@ -48,12 +48,24 @@ def test_neighbourhood_only_sees_the_same_in_every_place_of_equal_surroundings(s
     assert maps.flatten(2).argmax(-1).tolist() == [[row * cols + col for col in range(cols)] for row in range(rows)]
 
 
-def test_gem_is_the_authors(visual, pixels):
-    # Tokens of the blocks of gem_torch 1.0.1 (depth 3 and 4) on this tower and these pixels, with our positions.
-    expected = np.load(REFERENCE / "gem.npz")
-    for layers in (2, 3):
-        found = dense(encode(visual, pixels), "gem", "beside", range(-layers, 0))
-        np.testing.assert_allclose(found, expected[f"last_{layers}"], atol=1e-5, rtol=0)
+FEATURES = torch.randn(2, 20, 6, 9, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "attend", "readout", "layers"),
+    [
+        ("CLIP Surgery", "vv", "beside", (-3, -2, -1)),
+        ("GEM", "gem", "beside", (-3, -2, -1)),
+        ("ResCLIP", "cross", "bare", (-1,)),
+        ("ProxyCLIP", proxied(FEATURES), "bare", (-1,)),
+    ],
+)
+def test_patches_are_the_authors(name, attend, readout, layers, visual, pixels):
+    # Patches that the blocks or attentions of their released code make of this tower's streams; ResCLIP's of NACLIP
+    # with layers 1 and 2 and without the semantic feedback, ProxyCLIP's of FEATURES.
+    expected = np.load(REFERENCE / "later.npz")[name]
+    found = dense(encode(visual, pixels), attend, readout, layers)[:, 1:]
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

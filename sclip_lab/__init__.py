@@ -26,6 +26,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("charts", "plots", "scenes"):  # on demand: they import seaborn
+    if name in ("charts", "explorer", "fit", "plots", "predict", "scenes"):  # on demand: some take long
         return import_module(f"sclip_lab.{name}")
     raise AttributeError(f"module 'sclip_lab' has no attribute {name!r}")

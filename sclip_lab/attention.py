@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -164,8 +165,12 @@ def learned(path: str | PathLike[str] | None = None) -> Attention:
 def _projection(path: str | PathLike[str]) -> dict[str, Tensor]:
     file = results() / path
     if not file.is_file():
-        raise FileNotFoundError(f"no learned projection at {path}: make it with sclip_lab.fit")
-    tensors = load_file(file)
+        made = f"sclip_lab.fit.fit(clip, load_dataset(name, split='train')).save({str(path)!r})"
+        raise FileNotFoundError(f"no learned projection at {file}: make it with {made}")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}): expected a file that sclip_lab.fit made") from None
     if missing := {"weight", "bias"} - set(tensors):
         raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}: expected a file that sclip_lab.fit made")
     return tensors

@@ -118,6 +118,9 @@ def _open_clip(name: str) -> tuple[dict, Path]:
         path = _fetch(model, tag, weights)
     elif found := _on_disk(tag):
         weights, path = {"quick_gelu": config.get("quick_gelu", False)}, found
+    elif Path(tag).suffix:
+        places = f"{Path(tag).expanduser().absolute()}, or below {home()}"
+        raise FileNotFoundError(f"model {name!r} needs the weights {tag!r}, which are not there: expected {places}")
     else:
         tags = open_clip.list_pretrained_tags_by_model(model)
         raise ValueError(f"no weights {tag!r} for model {model!r}: expected 'MODEL:TAG', TAG a file or one of {tags}")

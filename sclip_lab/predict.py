@@ -9,6 +9,7 @@ Letters: n windows or tokens, p patches of a window, h heads, s bootstrap sample
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import pandas as pd
@@ -166,7 +167,7 @@ def _read(path: Path) -> Table:
         frame = pd.read_parquet(path)[KEYS + MEASURES]
     except (OSError, KeyError, ValueError) as error:
         expected = "expected measures of attention maps: move it away to measure anew"
-        raise ValueError(f"{path.name} cannot be read ({str(error).splitlines()[0][:80]}), {expected}") from None
+        raise ValueError(f"{path} cannot be read ({shorten(str(error), 80)}), {expected}") from None
     heads, values = (frame[columns].itertuples(index=False, name=None) for columns in (KEYS, MEASURES))
     return dict(zip(heads, values, strict=True))
 

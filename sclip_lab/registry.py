@@ -40,6 +40,9 @@ def variant(factory: Callable[..., Attention]) -> Callable[..., Attention]:
     @wraps(factory)
     def named(*args: Any, **kwargs: Any) -> Attention:
         arguments = signature.bind(*args, **kwargs).arguments
+        for key, value in arguments.items():
+            if _number(default := signature.parameters[key].default) and not _number(value):
+                raise ValueError(f"{name} {key}={value!r}: expected a number, such as {default}")
         attend = factory(*args, **kwargs)
         attend.__name__ = _spell(name, arguments)
         return attend
@@ -79,6 +82,10 @@ def canonical(spec: str | Attention) -> str:
     if isinstance(spec, str):
         return _spell(*_parse(spec))
     return getattr(spec, "__name__", None) or " ".join(repr(spec).split())
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def base(spec: str) -> str:

@@ -5,6 +5,7 @@ columns are categories, since they repeat.
 """
 
 from pathlib import Path
+from textwrap import shorten
 from time import monotonic
 from types import TracebackType
 
@@ -68,7 +69,7 @@ def read(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path)[TEXT + COUNTS]
     except (OSError, KeyError, ValueError) as error:
         expected = f"expected the counts of a sweep ({', '.join(TEXT + COUNTS)}): move it away to measure anew"
-        raise ValueError(f"{path.name} cannot be read ({str(error).splitlines()[0][:80]}), {expected}") from None
+        raise ValueError(f"{path} cannot be read ({shorten(str(error), 80)}), {expected}") from None
     return frame.astype(dict.fromkeys(TEXT, "category"))
 
 

@@ -1,15 +1,16 @@
 """What follows from counts: mIoU per cell of the grid and paired differences, with bootstrap intervals over images."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sclip_lab.metrics import bootstrap, miou
-from sclip_lab.registry import canonical
+from sclip_lab.registry import Attention, canonical
 from sclip_lab.store import CELL, COUNTS
 
-Choice = str | Mapping[str, str]
+Choice = str | Attention | Mapping[str, str | Attention]
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -27,7 +28,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def compare(frame: pd.DataFrame, a: Choice, b: Choice) -> pd.DataFrame:
     """mIoU of `a` less that of `b`, in points, with the paired 95 % bootstrap interval over images.
 
-    `a`, `b`: an attention's spec, or values of several columns: {"attention": "csa", "readout": "full*2"}. One row per
+    `a`, `b`: an attention, or values of several columns: {"attention": "csa", "readout": "full*2"}. One row per
     cell of the rest of the grid: its columns, a, b, difference, low, high, images. Raises ValueError, in one line,
     where one of them was not measured, or not on the same images.
     """
@@ -48,13 +49,12 @@ def compare(frame: pd.DataFrame, a: Choice, b: Choice) -> pd.DataFrame:
     return _percent(pd.DataFrame(rows, columns=[*rest, "a", "b", "difference", "low", "high", "images"]))
 
 
-def _columns(choice: Choice) -> dict[str, str]:
-    columns = {"attention": choice} if isinstance(choice, str) else dict(choice)
-    return columns | ({"attention": canonical(columns["attention"])} if "attention" in columns else {})
+def _columns(choice: Choice) -> dict[str, Any]:
+    return dict(choice) if isinstance(choice, Mapping) else {"attention": choice}
 
 
 def _label(choice: Choice) -> str:
-    return ", ".join(_columns(choice).values())
+    return ", ".join(value if isinstance(value, str) else canonical(value) for value in _columns(choice).values())
 
 
 def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
@@ -62,6 +62,8 @@ def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
         if column not in CELL:
             raise ValueError(f"no column {column!r} to compare by: expected some of {', '.join(CELL)}")
         measured = sorted(set(frame[column]))
+        if column == "attention" and value not in measured:  # a stored name need not be registered today
+            value = canonical(value)
         if value not in measured:
             raise ValueError(f"no rows of {column} {value!r}: measured were {measured}")
         frame = frame[frame[column] == value]

@@ -42,7 +42,7 @@ def sweep(
     attentions: str | Attention | Iterable[str | Attention],
     protocols: Protocol | Iterable[Protocol] | None = None,
     readouts: str | Readout | Iterable[str | Readout] = "full",
-    layers: Iterable[Layers] = ((-1,),),
+    layers: int | Iterable[Layers] = ((-1,),),
     limit: int | None = None,
     store: str | None = None,
     strict: bool = False,
@@ -50,7 +50,8 @@ def sweep(
     """Every combination of the arguments on every image: one row per cell, image and class, with pixel counts.
 
     Columns: store.TEXT, store.COUNTS. A single value serves as a list of one. `protocols` None: the paper's for each
-    benchmark, windows of the size that the model was trained on for other datasets. `limit`: pictures per dataset.
+    benchmark, windows of the size that the model was trained on for other datasets. `layers`: those replaced
+    together in a tuple, such as ((-1,), (-2, -1)). `limit`: pictures per dataset.
     `store`: a file of that name in the folder of results is read first, only what is missing in it is measured, and
     what is measured is added; without it, all is measured. An attention without a spec is known by its `__name__`, in
     the file too: choose another when you change it. Pictures are measured side by side (see `side_by_side`), so that an
@@ -62,7 +63,7 @@ def sweep(
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
     asked = [(dataset, queries(clip, dataset.classes)) for dataset in sets]
-    variants = list(product(map(attention, _listed(attentions)), map(Readout.parse, _listed(readouts)), layers))
+    variants = list(product(_named(attentions), map(Readout.parse, _listed(readouts)), _places(layers)))
     wanted: dict[Head, None] = {}  # in order
     broken: list[BrokenImage] = []
     with Store(results() / f"{store}.parquet" if store else None) as table:
@@ -86,6 +87,25 @@ def sweep(
         named = "; ".join(map(str, broken))
         warnings.warn(f"pictures left out, {len(broken)} in all: {named:.2000}", stacklevel=2)
     return _rows(table.frame, list(wanted))
+
+
+def _named(attentions: Any) -> list[Attention]:
+    """Attentions whose names tell them apart."""
+    callables: dict[str, Any] = {}
+    for one in _listed(attentions):
+        if not isinstance(one, str) and callables.setdefault(canonical(one), one) is not one:
+            raise ValueError(f"two attentions are called {canonical(one)!r}: expected names of their own (`__name__`)")
+    return [attention(one) for one in _listed(attentions)]
+
+
+def _places(layers: int | Iterable[Layers]) -> list[Layers]:
+    if isinstance(layers, int):
+        return [(layers,)]
+    places = list(layers)
+    if wrong := [place for place in places if isinstance(place, int)]:
+        expected = f"expected tuples, ({tuple(places)},) for all at once or (({wrong[0]},), ...) for one at a time"
+        raise ValueError(f"layers={layers!r}: {expected}")
+    return places
 
 
 def _sharing(asked: list[Asked], protocols: Sequence[Protocol], clip: Clip) -> list[tuple[Protocol, list[Asked]]]:
@@ -127,7 +147,10 @@ def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
     for variant, group in variants:
         vectors = torch.cat([words.vectors for _, words in group])
-        cosines = scores(trunk, vectors, *variant).split([len(words.vectors) for _, words in group], dim=1)
+        cosines = scores(trunk, vectors, *variant)
+        if not cosines.isfinite().all():
+            raise ValueError(f"attention {canonical(variant[0])} makes NaN or infinite features of picture {key!r}")
+        cosines = cosines.split([len(words.vectors) for _, words in group], dim=1)
         for (dataset, words), part in zip(group, cosines, strict=True):
             labels = dataset.labelling(Stitched(part, protocol, image.shape[:2]), words.query_class)
             head = _head(clip, (dataset, words), protocol, variant, key)

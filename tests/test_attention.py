@@ -194,7 +194,10 @@ def test_a_learned_projection_set_to_the_queries_is_qq(results, visual, pixels):
         ("projection('x')", "projection by 'x': expected 'identity', 'q', 'k' or 'v'"),
         ("random(n=0)", "random n=0: expected a number of matrices"),
         ("sharpen(tau=0)", "sharpen tau=0: expected a positive number"),
+        ("sharpen(tau='a')", "sharpen tau='a': expected a number, such as 2.0"),
         ("sharpen(of='cas')", "unknown attention 'cas'"),
+        ("window(True)", "window size=True: expected a number, such as 3"),
+        ("learned('torn.safetensors')", "torn.safetensors cannot be read"),
         ("window(size=4)", "window size=4: expected an odd number"),
         ("heads(keep=9)", "heads keep=9: no head 9, expected 0 to 1"),
         ("learned('small.safetensors')", r"small.safetensors is \[2, 2\], expected \[128, 128\]"),
@@ -204,11 +207,14 @@ def test_a_learned_projection_set_to_the_queries_is_qq(results, visual, pixels):
 def test_what_a_variant_cannot_do_is_one_line(spec, message, results, visual, pixels):
     save_file({"weight": torch.eye(2), "bias": torch.zeros(2)}, results / "small.safetensors")
     save_file({"other": torch.eye(2)}, results / "empty.safetensors")
+    (results / "torn.safetensors").write_bytes(b"not safe")
     with pytest.raises(ValueError, match=message) as error:
         attention(spec)(encode(visual, pixels).site())
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_projection_names_what_makes_it(results):
-    with pytest.raises(FileNotFoundError, match=r"no learned projection at other.safetensors: make it with"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no learned projection at .*/other\.safetensors: make it with sclip_lab\.fit\.fit"
+    ):
         attention("learned('other.safetensors')")

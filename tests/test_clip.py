@@ -212,7 +212,6 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(name, advice, home, mo
         ("ViT-B-17:openai", "unknown model 'ViT-B-17'.*ViT-B-16"),
         ("ViT-B-16", "no weights '' for model 'ViT-B-16'.*openai"),
         ("ViT-B-16:opena", "no weights 'opena' for model 'ViT-B-16'.*openai"),
-        ("ViT-B-16:no/such.pt", r"no weights 'no/such\.pt'.*TAG a file"),
         ("RN50:openai", "'RN50' has a ResNet as vision tower"),
         ("ViT-B-16-SigLIP:webli", "'ViT-B-16-SigLIP' has timm's vision tower"),
         ("coca_ViT-B-32:laion2b_s13b_b90k", "does not pool its patches by a CLS token"),
@@ -224,6 +223,11 @@ def test_names_that_cannot_be_loaded_are_refused_in_one_line(name, message):
     with pytest.raises(ValueError, match=message) as error:
         load(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_path_where_nothing_is_says_where_it_was_looked_for(home):
+    with pytest.raises(FileNotFoundError, match=rf"needs the weights 'no/such\.pt'.*/no/such\.pt, or below {home}"):
+        load("ViT-B-16:no/such.pt")
 
 
 @pytest.mark.parametrize(

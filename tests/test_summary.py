@@ -81,3 +81,15 @@ def test_numbers_are_written_with_their_interval() -> None:
         "10.0 [10.0, 11.0]",
         "0.0 [-1.0, 0.2]",
     ]
+
+
+def test_a_stored_name_that_nobody_registered_and_a_callable_are_compared(frame: pd.DataFrame) -> None:
+    def mine(site):
+        raise NotImplementedError
+
+    renamed = frame.astype({"attention": str}).replace({"attention": {"csa": "mine"}})
+    expected = compare(frame, "csa", "identity")["difference"].tolist()
+    for a in ("mine", mine, {"attention": mine}):
+        found = compare(renamed, a, "identity")
+        assert found["difference"].tolist() == expected
+        assert set(found["a"]) == {"mine"}

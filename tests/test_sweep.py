@@ -131,3 +131,22 @@ def test_a_dataset_brings_its_own_protocol_unless_one_is_given(clip: Clip) -> No
     assert found["scenes-things"].tolist() == ["96/whole"]
     assert found["scenes-full"].tolist() == [str(Protocol.for_image_size(clip.image_size))]
     assert set(sweep(clip, [own, "scenes-full"], "csa", PROTOCOL, limit=1)["protocol"]) == {str(PROTOCOL)}
+
+
+def test_what_a_sweep_cannot_tell_apart_or_use_is_one_line(clip: Clip) -> None:
+    two = [lambda site: site.q @ site.k.mT, lambda site: site.k @ site.q.mT]
+    with pytest.raises(ValueError, match="two attentions are called '<lambda>'"):
+        sweep(clip, "scenes-full", two, PROTOCOL, limit=1)
+    with pytest.raises(ValueError, match=r"layers=\(-2, -1\): expected tuples, \(\(-2, -1\),\) for all at once"):
+        sweep(clip, "scenes-full", "csa", PROTOCOL, layers=(-2, -1), limit=1)
+
+    def nan(site):
+        return torch.full_like(site.q @ site.k.mT, torch.nan)
+
+    with pytest.raises(ValueError, match="attention nan makes NaN or infinite features of picture '0'"):
+        sweep(clip, "scenes-full", nan, PROTOCOL, limit=1)
+
+
+def test_one_layer_may_be_a_number(clip: Clip) -> None:
+    one, tuples = (sweep(clip, "scenes-full", "csa", PROTOCOL, layers=layers, limit=1) for layers in (-1, [(-1,)]))
+    pd.testing.assert_frame_equal(one, tuples)

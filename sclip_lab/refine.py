@@ -134,7 +134,8 @@ class DenseCrf:
             crf = densecrf.DenseCRF2D(width, height, queries)
             crf.setUnaryEnergy(np.ascontiguousarray(energy))
             crf.addPairwiseGaussian(self.near_xy, self.near_weight)
-            crf.addPairwiseBilateral(self.alike_xy, self.alike_rgb, np.ascontiguousarray(image), self.alike_weight)
+            writeable = image.copy()  # which the library asks for, and leaves as it is
+            crf.addPairwiseBilateral(self.alike_xy, self.alike_rgb, writeable, self.alike_weight)
             marginals = torch.from_numpy(np.array(crf.inference(self.steps), dtype=np.float32))
             return (marginals.clamp_min(TINY).log() / self.scale).unflatten(1, (height, width)).to(logits.device)
 

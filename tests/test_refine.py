@@ -91,6 +91,7 @@ def two_halves():
     slope[:12] = -0.1
     noise = 0.005 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     right = 0.2 + slope.expand(64, 96) + noise
+    image.setflags(write=False)  # as arrays of `images.read` are
     return image, truth, torch.stack([0.4 - right, right])
 
 

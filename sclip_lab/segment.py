@@ -47,9 +47,13 @@ def scores(
     layers: tuple[int, ...] = (-1,),
 ) -> Tensor:
     """Cosines [n q i j], float32, of the windows' patches with unit text vectors `queries` [q e]."""
-    patches = dense(trunk, attention, readout, layers)[:, 1:].float()
-    cosines = nn.functional.normalize(patches, dim=-1) @ queries.float().T  # n i*j q
-    return cosines.mT.unflatten(-1, trunk.grid)
+    return cosines(dense(trunk, attention, readout, layers), queries, trunk.grid)
+
+
+def cosines(tokens: Tensor, queries: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cosines [n q i j], float32, of tokens [n 1+i*j e], CLS left out, with unit text vectors `queries` [q e]."""
+    patches = nn.functional.normalize(tokens[:, 1:].float(), dim=-1)
+    return (patches @ queries.float().T).mT.unflatten(-1, grid)
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from sclip_lab.files import results
 from sclip_lab.metrics import counts
 from sclip_lab.protocol import Protocol, Stitched
 from sclip_lab.registry import Attention, attention, canonical
-from sclip_lab.segment import scores, trunk_of
+from sclip_lab.segment import cosines, trunk_of
 from sclip_lab.store import HEAD, TEXT, Head, Record, Store
 from sclip_lab.text import Queries, queries
-from sclip_lab.trunk import Readout
+from sclip_lab.trunk import Readout, readings
 
 Layers = tuple[int, ...]
 Variant = tuple[Attention, Readout, Layers]
@@ -145,16 +145,21 @@ def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list
         return error
     image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
-    for variant, group in variants:
-        vectors = torch.cat([words.vectors for _, words in group])
-        cosines = scores(trunk, vectors, *variant)
-        if not cosines.isfinite().all():
-            raise ValueError(f"attention {canonical(variant[0])} makes NaN or infinite features of picture {key!r}")
-        cosines = cosines.split([len(words.vectors) for _, words in group], dim=1)
-        for (dataset, words), part in zip(group, cosines, strict=True):
-            labels = dataset.labelling(Stitched(part, protocol, image.shape[:2]), words.query_class)
-            head = _head(clip, (dataset, words), protocol, variant, key)
-            records.append((head, words.names, counts(labels, truths[dataset.name], len(words.names))))
+    sharing: dict[tuple[Attention, Layers], list[tuple[Readout, list[Asked]]]] = {}
+    for (attend, readout, layers), group in variants:
+        sharing.setdefault((attend, layers), []).append((readout, group))
+    for (attend, layers), read in sharing.items():
+        every = readings(trunk, attend, [readout for readout, _ in read], layers)
+        for (readout, group), tokens in zip(read, every, strict=True):
+            vectors = torch.cat([words.vectors for _, words in group])
+            scores = cosines(tokens, vectors, trunk.grid)
+            if not scores.isfinite().all():
+                raise ValueError(f"attention {canonical(attend)} makes NaN or infinite features of picture {key!r}")
+            parts = scores.split([len(words.vectors) for _, words in group], dim=1)
+            for (dataset, words), part in zip(group, parts, strict=True):
+                labels = dataset.labelling(Stitched(part, protocol, image.shape[:2]), words.query_class)
+                head = _head(clip, (dataset, words), protocol, (attend, readout, layers), key)
+                records.append((head, words.names, counts(labels, truths[dataset.name], len(words.names))))
     return records
 
 

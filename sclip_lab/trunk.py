@@ -11,7 +11,7 @@ embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -204,15 +204,29 @@ def dense(
     layer that is not among them keeps CLIP's own attention. Under the read-out "beside" nothing is computed anew: what
     enters the first of the layers and the attention branches of each add up.
     """
-    attend, readout = resolve(attention), Readout.parse(readout)
+    return next(readings(trunk, attention, [readout], layers))
+
+
+def readings(
+    trunk: Trunk,
+    attention: str | Attention,
+    readouts: Iterable[str | Readout],
+    layers: int | Sequence[int] = (-1,),
+) -> Iterator[Tensor]:
+    """`dense` for several read-outs, which share what the attention gathers: [b n e] of each, in their order."""
+    attend = resolve(attention)
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
     last = len(trunk.sites) - 1
     first = trunk.sites[min(replaced, default=last)]
-    if readout.beside:
-        x = first.stream + sum(_branch(trunk.sites[layer], attend, readout.gain) for layer in replaced)
-    else:
-        x = _block(_climb(first, replaced)[-1], replaced.get(last, _OWN), readout)
-    return trunk.visual.ln_post(x) @ trunk.visual.proj  # [b n e]
+    site, branch = None, None
+    for readout in map(Readout.parse, readouts):
+        if readout.beside:
+            x = first.stream + readout.gain * sum(_branch(trunk.sites[layer], attend) for layer in replaced)
+        else:
+            site = site or _climb(first, replaced)[-1]
+            branch = _branch(site, replaced.get(last, _OWN)) if branch is None else branch
+            x = _block(site, branch, readout)
+        yield trunk.visual.ln_post(x) @ trunk.visual.proj  # [b n e]
 
 
 _OWN = resolve("vanilla")
@@ -222,19 +236,19 @@ def _climb(site: Site, replaced: dict[int, Attention]) -> tuple[Site, ...]:
     """The sites up to the last layer: those below `site`, itself, and those that its stream leads to."""
     while site.layer < len(site.blocks) - 1:
         attend = replaced.get(site.layer)
-        x = _block(site, attend, Readout()) if attend else site.block(site.stream)
+        x = _block(site, _branch(site, attend), Readout()) if attend else site.block(site.stream)
         site = Site(site.blocks, x, site.grid, (*site.below, site), site.pixels)
     return (*site.below, site)
 
 
-def _block(site: Site, attend: Attention, readout: Readout) -> Tensor:
-    """What a block adds up to, [b n d], with `attend` in the place of its attention."""
-    out = _branch(site, attend, readout.gain)
+def _block(site: Site, branch: Tensor, readout: Readout) -> Tensor:
+    """What a block adds up to, [b n d], with `branch` in the place of its attention's."""
+    out = readout.gain * branch
     x = site.stream + out if readout.residual else out
     return x + site.block.ls_2(site.block.mlp(site.block.ln_2(x))) if readout.mlp else x
 
 
-def _branch(site: Site, attend: Attention, gain: float) -> Tensor:
+def _branch(site: Site, attend: Attention) -> Tensor:
     """The attention branch of a block, [b n d], before its residual."""
     block, attention = site.block, site.block.attn
     out = _weights(site, attend) @ site.v  # [b h n c]
@@ -242,7 +256,7 @@ def _branch(site: Site, attend: Attention, gain: float) -> Tensor:
         out = out * attention.head_scale
     out = out.transpose(1, 2).flatten(2)  # [b n d]
     out = attention.out_proj(_maybe(attention, "ln_inner")(out))
-    return gain * block.ls_1(_maybe(block, "ln_attn")(out))
+    return block.ls_1(_maybe(block, "ln_attn")(out))
 
 
 def _weights(site: Site, attend: Attention) -> Tensor:

@@ -29,6 +29,10 @@ _LOOKS = {
     "projection": ("#6b3d1e", "P"),
     "random": ("#cc78bc", "X"),
     "learned": ("#f0e442", "*"),
+    "naclip": ("#7446ff", "v"),
+    "nonly": ("#3a2a80", "8"),
+    "gem": ("#7d0f3c", "H"),
+    "proxy": ("#4a6b00", "h"),
     "uniform": ("#bbbbbb", "p"),
 }
 _OTHERS = sns.color_palette("husl", 12)

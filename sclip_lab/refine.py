@@ -24,6 +24,7 @@ CHUNK = 1 << 20  # numbers of logits refined at a time: 4 MB of float32, which a
 TINY = torch.finfo(torch.float32).tiny
 
 Refined = Callable[[Tensor], Tensor]
+Refiner = Callable[[np.ndarray, Protocol, Sequence[float], Sequence[float]], Refined]  # image, protocol, mean, std
 
 
 @dataclass(frozen=True)

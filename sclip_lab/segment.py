@@ -22,6 +22,7 @@ from sclip_lab.files import replacing
 from sclip_lab.images import MEAN, STD, Source, pixels, read
 from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol, Stitched, stitch, windows
+from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention
 from sclip_lab.text import queries as embed
 from sclip_lab.trunk import Readout, Trunk, dense, encode
@@ -112,21 +113,25 @@ def segment(
     device: str | torch.device | None = None,
     layers: tuple[int, ...] = (-1,),
     templates: Sequence[str] | None = None,
+    refine: Refiner | None = None,
 ) -> Segmentation:
     """Name every pixel of an image with one of `classes`.
 
     `image` is whatever `images.read` takes, `classes` and `templates` what `text.queries` takes, `model` a loaded
     `Clip` or a name for `clip.load`, which is then loaded on `device` and kept for the next call. `protocol` None:
-    windows of the size the model was trained on. Raises what these raise: one line, the offending value and what was
-    expected.
+    windows of the size the model was trained on. `refine`: what refines the logits, such as `refine.Pamr()`. Raises
+    what these raise: one line, the offending value and what was expected.
     """
     picture = read(image)
     clip = model if isinstance(model, Clip) else _loaded(model, device)
     protocol, labelling = protocol or Protocol.for_image_size(clip.image_size), labelling or Labelling()
     words = embed(clip, classes, templates)
     trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std)
-    stitched = Stitched(scores(trunk, words.vectors, attention, readout, layers), protocol, picture.shape[:2])
-    return Segmentation(labelling(stitched, words.query_class).cpu().numpy(), words.names, picture)
+    own = scores(trunk, words.vectors, attention, readout, layers)
+    found: Tensor | Stitched = Stitched(own, protocol, picture.shape[:2])
+    if refine:
+        found = refine(picture, protocol, clip.mean, clip.std)(stitch(own, protocol, picture.shape[:2]))
+    return Segmentation(labelling(found, words.query_class).cpu().numpy(), words.names, picture)
 
 
 @lru_cache(maxsize=2)

@@ -16,13 +16,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from sclip_lab.clip import Clip, load
 from sclip_lab.datasets import BrokenImage, Dataset, load_dataset
 from sclip_lab.files import results
 from sclip_lab.metrics import counts
-from sclip_lab.protocol import Protocol, Stitched
+from sclip_lab.protocol import Protocol, Stitched, stitch
+from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention, attention, canonical
 from sclip_lab.segment import cosines, trunk_of
 from sclip_lab.store import HEAD, TEXT, Head, Record, Store
@@ -30,7 +32,7 @@ from sclip_lab.text import Queries, queries
 from sclip_lab.trunk import Readout, readings
 
 Layers = tuple[int, ...]
-Variant = tuple[Attention, Readout, Layers]
+Variant = tuple[Attention, Readout, Layers, Refiner | None]
 Asked = tuple[Dataset, Queries]
 Missing = dict[str, list[tuple[Variant, list[Asked]]]]  # of each picture
 Result = TypeVar("Result")
@@ -46,6 +48,7 @@ def sweep(
     limit: int | None = None,
     store: str | None = None,
     strict: bool = False,
+    refiners: Refiner | Iterable[Refiner | None] | None = None,
 ) -> pd.DataFrame:
     """Every combination of the arguments on every image: one row per cell, image and class, with pixel counts.
 
@@ -57,13 +60,15 @@ def sweep(
     the file too: choose another when you change it. Pictures are measured side by side (see `side_by_side`), so that an
     attention must keep nothing between its calls.
 
+    `refiners`: what refines the logits, such as `refine.Pamr()`; None: nothing. It is named in the column `labelling`.
     A picture whose files cannot be used is left out of all cells, with a warning that names it; where `strict`, it ends
     the sweep with `BrokenImage`.
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
     asked = [(dataset, queries(clip, dataset.classes)) for dataset in sets]
-    variants = list(product(_named(attentions), map(Readout.parse, _listed(readouts)), _places(layers)))
+    reads = map(Readout.parse, _listed(readouts))
+    variants = list(product(_named(attentions), reads, _places(layers), _listed(refiners)))
     wanted: dict[Head, None] = {}  # in order
     broken: list[BrokenImage] = []
     with Store(results() / f"{store}.parquet" if store else None) as table:
@@ -145,28 +150,33 @@ def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list
         return error
     image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
-    sharing: dict[tuple[Attention, Layers], list[tuple[Readout, list[Asked]]]] = {}
-    for (attend, readout, layers), group in variants:
-        sharing.setdefault((attend, layers), []).append((readout, group))
+    refined = {refine: refine(image, protocol, clip.mean, clip.std) for (*_, refine), _ in variants if refine}
+    sharing: dict[tuple[Attention, Layers], list[tuple[Variant, list[Asked]]]] = {}
+    for variant, group in variants:
+        sharing.setdefault((variant[0], variant[2]), []).append((variant, group))
     for (attend, layers), read in sharing.items():
-        every = readings(trunk, attend, [readout for readout, _ in read], layers)
-        for (readout, group), tokens in zip(read, every, strict=True):
+        every = readings(trunk, attend, [readout for (_, readout, *_), _ in read], layers)
+        for (variant, group), tokens in zip(read, every, strict=True):
             vectors = torch.cat([words.vectors for _, words in group])
             scores = cosines(tokens, vectors, trunk.grid)
             if not scores.isfinite().all():
                 raise ValueError(f"attention {canonical(attend)} makes NaN or infinite features of picture {key!r}")
             parts = scores.split([len(words.vectors) for _, words in group], dim=1)
             for (dataset, words), part in zip(group, parts, strict=True):
-                labels = dataset.labelling(Stitched(part, protocol, image.shape[:2]), words.query_class)
-                head = _head(clip, (dataset, words), protocol, (attend, readout, layers), key)
+                logits: Tensor | Stitched = Stitched(part, protocol, image.shape[:2])
+                if refine := variant[-1]:
+                    logits = refined[refine](stitch(part, protocol, image.shape[:2]))
+                labels = dataset.labelling(logits, words.query_class)
+                head = _head(clip, (dataset, words), protocol, variant, key)
                 records.append((head, words.names, counts(labels, truths[dataset.name], len(words.names))))
     return records
 
 
 def _head(clip: Clip, asked: Asked, protocol: Protocol, variant: Variant, key: str) -> Head:
-    dataset, (attend, readout, layers) = asked[0], variant
+    dataset, (attend, readout, layers, refine) = asked[0], variant
     place = ",".join(map(str, layers))
-    cell = (clip.name, dataset.name, protocol, dataset.labelling, canonical(attend), readout, place)
+    labelling = f"{dataset.labelling}+{refine}" if refine else dataset.labelling
+    cell = (clip.name, dataset.name, protocol, labelling, canonical(attend), readout, place)
     return (*map(str, cell), key)
 
 

@@ -12,6 +12,7 @@ from sklearn.metrics import confusion_matrix
 
 from sclip_lab import Clip, Protocol, load, load_dataset, segment, summarise, sweep
 from sclip_lab.datasets import BrokenImage
+from sclip_lab.refine import Pamr
 from sclip_lab.store import CELL, COUNTS
 
 LIMIT, PROTOCOL = 3, Protocol(96, 96, 48)
@@ -131,6 +132,23 @@ def test_a_dataset_brings_its_own_protocol_unless_one_is_given(clip: Clip) -> No
     assert found["scenes-things"].tolist() == ["96/whole"]
     assert found["scenes-full"].tolist() == [str(Protocol.for_image_size(clip.image_size))]
     assert set(sweep(clip, [own, "scenes-full"], "csa", PROTOCOL, limit=1)["protocol"]) == {str(PROTOCOL)}
+
+
+def test_refined_labels_are_those_of_segment_and_named_in_the_labelling(clip: Clip) -> None:
+    pamr = Pamr(steps=3, dilations=(1, 2))
+    frame = sweep(clip, "scenes-full", "csa", PROTOCOL, limit=2, refiners=[None, pamr])
+    assert list(frame["labelling"].unique()) == ["40/0", "40/0+pamr(3/1,2)"]
+    dataset = load_dataset("scenes-full", limit=2)
+    for labelling, refine in zip(frame["labelling"].unique(), (None, pamr), strict=True):
+        rows = frame[frame["labelling"] == labelling]
+        for key in dataset.keys:
+            image, truth = dataset.read(key)
+            found = segment(image, dataset.classes, clip, "csa", protocol=PROTOCOL, refine=refine).labels
+            assert rows.loc[rows["image"] == key, "intersection"].sum() == (found == truth).sum()
+    refined, plain = (
+        frame.loc[frame["labelling"] == name, "intersection"].sum() for name in ("40/0+pamr(3/1,2)", "40/0")
+    )
+    assert refined != plain
 
 
 def test_what_a_sweep_cannot_tell_apart_or_use_is_one_line(clip: Clip) -> None:

@@ -21,9 +21,10 @@ import pandas as pd
 from sclip_lab import readers, scenes
 from sclip_lab.files import home
 from sclip_lab.label import Labelling
+from sclip_lab.metrics import IGNORE
 from sclip_lab.protocol import Protocol
 from sclip_lab.readers import LAYOUTS, BrokenImage
-from sclip_lab.remap import IGNORED, TABLES
+from sclip_lab.remap import TABLES
 from sclip_lab.text import parse
 
 __all__ = ["BENCHMARKS", "Benchmark", "BrokenImage", "Dataset", "datasets", "load_dataset"]
@@ -189,7 +190,7 @@ def _folder(root: Path, split: str) -> Dataset:
     masks = root / "masks"
     sizes = [(path.name, path.stat().st_size) for path in [*files.values(), *sorted(masks.glob("*.png"))]]
     name = f"{root.resolve().name}-{crc32(repr((classes, sizes)).encode()):08x}{_suffix(split)}"
-    table = {label: label for label in range(len(parse(classes)))} | {IGNORED: IGNORED}
+    table = {label: label for label in range(len(parse(classes)))} | {IGNORE: IGNORE}
     return Dataset(name, name, classes, tuple(files), partial(_pair, files, masks, table), split=split)
 
 

@@ -27,12 +27,11 @@ from sclip_lab.attention import affinity
 from sclip_lab.clip import Clip
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import replacing, results
+from sclip_lab.metrics import IGNORE
 from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import queries
 from sclip_lab.trunk import Site, Trunk
-
-IGNORE = 255
 
 
 class Projection(nn.Module):

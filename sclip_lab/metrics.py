@@ -16,10 +16,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+IGNORE = 255  # label of pixels that belong to no class
+
 # Label maps
 
 
-def counts(labels: ArrayLike | Tensor, truth: ArrayLike | Tensor, classes: int, ignore: int = 255) -> np.ndarray:
+def counts(labels: ArrayLike | Tensor, truth: ArrayLike | Tensor, classes: int, ignore: int = IGNORE) -> np.ndarray:
     """Pixels per class [classes 3] int64 of two label maps of the same shape: intersection, predicted, true.
 
     Pixels whose truth is `ignore` are left out. Counts of several images add up to the counts of the data set.
@@ -151,7 +153,7 @@ def invariance(weights: Tensor) -> Tensor:
     return (rows.sum(dim=-2).square().sum(dim=-1) - same) / (p * (p - 1))
 
 
-def alignment(weights: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+def alignment(weights: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tensor:
     """Share of a source's attention on patches of its own class, itself included, mean over sources.
 
     `labels` [... p] (see `patch_labels`) broadcast against the maps [...]; for weights [b h n n] pass labels[:, None].

@@ -21,10 +21,11 @@ from sklearn.decomposition import PCA
 
 from sclip_lab.charts import BESIDE
 from sclip_lab.files import figures, replacing
+from sclip_lab.metrics import IGNORE
 
 Pair = tuple[int, int]  # rows and columns of a grid of patches, or row and column of a patch
 
-IGNORE, GREY = 255, (0.8, 0.8, 0.8)
+GREY = (0.8, 0.8, 0.8)
 FIRST = [2, 9, 0, 8, 3, 5, 6, 1, 4]  # green, light blue, blue, yellow ...: grass, sky, water, sand ... of the scenes
 SOURCE_COLOURS = ("#ff5c2b", "#2ba8ff", "#ffc400", "#ff6fd0", "#34d39b")
 

@@ -20,7 +20,7 @@ from sclip_lab import metrics
 from sclip_lab.clip import Clip
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import replacing, results
-from sclip_lab.metrics import miou, multiplicities
+from sclip_lab.metrics import IGNORE, miou, multiplicities
 from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.registry import Attention, attention, base, canonical
 from sclip_lab.segment import trunk_of
@@ -29,7 +29,6 @@ from sclip_lab.summary import stacked
 from sclip_lab.sweep import side_by_side
 from sclip_lab.trunk import Site
 
-IGNORE = 255
 KEYS = ["model", "dataset", "protocol", "attention", "image"]
 MEASURES = ["invariance", "distance", "entropy", "alignment", "others"]
 SAMPLES, ENDS = 2000, (0.025, 0.975)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-IGNORED = 255
+from sclip_lab.metrics import IGNORE
 
 VOC = {
     0: "background", 1: "aeroplane", 2: "bicycle", 3: "bird", 4: "boat", 5: "bottle", 6: "bus", 7: "car", 8: "cat",
@@ -103,17 +103,17 @@ COCO = COCO_THINGS | COCO_STUFF  # as in the pixel maps of COCO-Stuff 164k: COCO
 CONTEXT_ALL = range(460)  # PASCAL-Context has 459 labels; evaluated are the 59 that are frequent enough
 
 TABLES: dict[str, dict[int, int]] = {
-    "voc21": _labels(VOC) | {255: IGNORED},
-    "voc20": _labels(list(VOC)[1:]) | {0: IGNORED, 255: IGNORED},
+    "voc21": _labels(VOC) | {255: IGNORE},
+    "voc20": _labels(list(VOC)[1:]) | {0: IGNORE, 255: IGNORE},
     "context60": dict.fromkeys(CONTEXT_ALL, 0) | _labels(CONTEXT, first=1),
-    "context59": dict.fromkeys(CONTEXT_ALL, IGNORED) | _labels(CONTEXT),
+    "context59": dict.fromkeys(CONTEXT_ALL, IGNORE) | _labels(CONTEXT),
     # The authors' conversion (GroupViT's before) makes stuff, and what nobody labelled (255), background.
     "coco-object": dict.fromkeys([*COCO_STUFF, 255], 0) | _labels(COCO_THINGS, first=1),
-    "coco-stuff": _labels(COCO) | {255: IGNORED},
+    "coco-stuff": _labels(COCO) | {255: IGNORE},
     # The 10k maps hold COCO's category ids themselves, with 0 where nobody labelled.
-    "coco-stuff-10k": _labels(number + 1 for number in COCO) | {0: IGNORED},
-    "ade20k": _labels(ADE20K) | {0: IGNORED},
-    "cityscapes": _labels(CITYSCAPES) | dict.fromkeys(CITYSCAPES_VOID, IGNORED),
+    "coco-stuff-10k": _labels(number + 1 for number in COCO) | {0: IGNORE},
+    "ade20k": _labels(ADE20K) | {0: IGNORE},
+    "cityscapes": _labels(CITYSCAPES) | dict.fromkeys(CITYSCAPES_VOID, IGNORE),
 }
 
 

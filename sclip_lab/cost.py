@@ -41,11 +41,17 @@ def peak(work: Work) -> int:
 
 
 def fastest(works: Sequence[Work], rounds: int = 5) -> list[float]:
-    """Least seconds of each work. They take turns, so that a busy moment of the machine falls on all alike.
+    """Least seconds of each work, on one thread: where the machine is busy, threads wait long for one another.
 
-    Seconds of a shared machine are worth little: compare those of one call.
+    They take turns, so that a busy moment falls on all alike. Seconds of a shared machine are worth little: compare
+    those of one call.
     """
-    spent = [[_seconds(work) for work in works] for _ in range(rounds)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        spent = [[_seconds(work) for work in works] for _ in range(rounds)]
+    finally:
+        torch.set_num_threads(threads)
     return [min(each) for each in zip(*spent, strict=True)]
 
 

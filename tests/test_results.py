@@ -1,11 +1,14 @@
 """The stored results: what this code measures with this model, and no cell half measured."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from sclip_lab import Protocol, datasets, load, sweep
 from sclip_lab.files import home
+from sclip_lab.refine import Pamr
 from sclip_lab.store import CELL, COUNTS, HEAD, read
 
 STORED = sorted(path for path in (home() / "data" / "results").glob("*.parquet") if not path.stem.endswith("measures"))
@@ -25,16 +28,17 @@ def test_every_cell_of_a_dataset_has_the_same_images(stored):
 
 def test_a_sample_is_measured_again(stored):
     cells = stored[CELL].drop_duplicates()
-    known = cells["dataset"].isin(datasets().index) & ~cells["attention"].isin(
-        ["uniform"]
-    )
+    known = cells["dataset"].isin(datasets().index) & ~cells["attention"].isin(["uniform"])
     cells = cells[known].sample(4, random_state=0)
     clip = load("tiny")
     for cell in cells.itertuples():
         layers = tuple(map(int, cell.layers.split(",")))
         short_side, *windows = cell.protocol.replace("whole", "0").split("/")
         protocol = Protocol(int(short_side), *map(int, windows))
-        found = sweep(clip, cell.dataset, cell.attention, protocol, cell.readout, [layers], limit=1)
+        refine = None
+        if found := re.search(r"pamr\((\d+)/([\d,]+)\)", cell.labelling):
+            refine = Pamr(int(found[1]), tuple(map(int, found[2].split(","))))
+        found = sweep(clip, cell.dataset, cell.attention, protocol, cell.readout, [layers], limit=1, refiners=refine)
         assert found[CELL].iloc[0].astype(str).tolist() == list(cell[1:])
         expected = pd.merge(stored, pd.DataFrame([cell[1:]], columns=CELL).assign(image="0"), on=HEAD)
         found, expected = (rows.set_index("class")[COUNTS].sort_index() for rows in (found, expected))

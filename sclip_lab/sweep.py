@@ -79,13 +79,11 @@ def sweep(
                 if lacking := [one for head, one in heads.items() if head not in table.heads and head not in wanted]:
                     missing.setdefault(key, []).append((each, lacking))
                 wanted |= dict.fromkeys(heads)
-            measure = partial(_measure, clip, protocol, missing)
+            measure = partial(_measure, clip, protocol, missing, strict)
             found = side_by_side(measure, missing, f"{group[0][0].pictures} {protocol}")
             for records in found:
                 if isinstance(records, list):
                     table.add(records)
-                elif strict:
-                    raise records
                 else:
                     broken.append(records)
     if broken:
@@ -140,13 +138,15 @@ def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: st
 
 
 @torch.no_grad()
-def _measure(clip: Clip, protocol: Protocol, missing: Missing, key: str) -> list[Record] | BrokenImage:
+def _measure(clip: Clip, protocol: Protocol, missing: Missing, strict: bool, key: str) -> list[Record] | BrokenImage:
     """One record per variant and dataset that lack one of the picture `key`, or what is wrong with its files."""
     variants, records = missing[key], []
     sets = {dataset.name: dataset for _, group in variants for dataset, _ in group}
     try:
         pairs = {name: dataset.read(key) for name, dataset in sets.items()}
     except BrokenImage as error:
+        if strict:  # raised here, it ends the pictures that wait, too
+            raise
         return error
     image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)

@@ -121,8 +121,14 @@ def test_a_broken_picture_is_named_and_left_out_unless_strict(clip: Clip, folder
     whole = sweep(clip, "scenes-full", ["csa", "kk"], PROTOCOL, limit=3)
     rest = whole[whole["image"] != "1"].reset_index(drop=True)
     pd.testing.assert_frame_equal(frame[COUNTS], rest[COUNTS])
-    with pytest.raises(BrokenImage, match=r"1\.png"):
-        sweep(clip, dataset, "csa", PROTOCOL, strict=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(BrokenImage, match=r"1\.png") as ended:
+            sweep(clip, dataset, "csa", PROTOCOL, strict=True)
+        assert torch.get_num_threads() == 2, ended  # while the error is still held
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_dataset_brings_its_own_protocol_unless_one_is_given(clip: Clip) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from sclip_lab import datasets, load_dataset, scenes, train_tiny
-from sclip_lab.datasets import BENCHMARKS, BrokenImage
+from sclip_lab.datasets import BENCHMARKS, KINDS, BrokenImage, studied
 from sclip_lab.metrics import counts
 from sclip_lab.remap import CITYSCAPES, COCO, COCO_THINGS, CONTEXT, TABLES
 from sclip_lab.text import parse
@@ -232,3 +232,37 @@ def test_photographs_of_coco_are_a_folder_once_they_have_masks_of_that_name(phot
         image, truth = dataset.read(key)
         assert image.shape == (*truth.shape, 3)
         assert len(np.unique(truth)) > 1
+
+
+def _studied(monkeypatch: pytest.MonkeyPatch, **variables: object) -> dict[str, tuple[str, int]]:
+    for name in ("SCLIP_MODEL", "SCLIP_DATA", "SCLIP_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return {kind: (dataset.name, len(dataset.keys)) for kind, dataset in studied(7).items()}
+
+
+def test_notebooks_study_scenes_unless_a_model_and_data_are_named(tmp_path: Path, monkeypatch) -> None:
+    bundled = {kind: (f"scenes-{name}", 7) for kind, name in zip(KINDS, ("background", "things", "full"), strict=True)}
+    assert _studied(monkeypatch) == bundled
+    assert _studied(monkeypatch, SCLIP_DATA=tmp_path) == bundled  # the bundled model knows nothing of photographs
+    assert _studied(monkeypatch, SCLIP_MODEL="ViT-B-32:openai") == bundled
+
+
+def test_notebooks_study_of_each_kind_the_first_benchmark_that_is_there(tmp_path: Path, monkeypatch) -> None:
+    listing = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    listing.parent.mkdir(parents=True)
+    listing.write_text("2007_000033\n2007_000042\n2007_000061\n")
+    both = {"SCLIP_MODEL": "ViT-B-32:openai", "SCLIP_DATA": tmp_path}
+    assert _studied(monkeypatch, **both) == {
+        "background": ("voc21", 3), "things": ("voc20", 3), "everything": ("voc20", 3)
+    }  # fmt: skip
+    assert _studied(monkeypatch, SCLIP_LIMIT=2, **both)["background"] == ("voc21", 2)
+    picture = tmp_path / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    assert _studied(monkeypatch, **both)["everything"] == ("ade20k", 1)
+    with pytest.raises(ValueError, match=r"^SCLIP_LIMIT='many': expected a number"):
+        _studied(monkeypatch, SCLIP_LIMIT="many", **both)
+    with pytest.raises(FileNotFoundError, match=r"^SCLIP_DATA=.*nowhere' holds none of voc21, "):
+        _studied(monkeypatch, SCLIP_MODEL="ViT-B-32:openai", SCLIP_DATA=tmp_path / "nowhere")

@@ -258,7 +258,7 @@ def test_notebooks_study_of_each_kind_the_first_benchmark_that_is_there(tmp_path
         "background": ("voc21", 3), "things": ("voc20", 3), "everything": ("voc20", 3)
     }  # fmt: skip
     assert _studied(monkeypatch, SCLIP_LIMIT=2, **both)["background"] == ("voc21", 2)
-    picture = tmp_path / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"
+    picture = tmp_path / "ade/ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"
     picture.parent.mkdir(parents=True)
     picture.touch()
     assert _studied(monkeypatch, **both)["everything"] == ("ade20k", 1)

@@ -27,6 +27,11 @@ def results() -> Path:
     return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser() / _of_model()
 
 
+def cache() -> Path:
+    """The folder of what can be made again: SCLIP_CACHE, else data/cache."""
+    return Path(os.environ.get("SCLIP_CACHE") or home() / "data" / "cache").expanduser()
+
+
 def figures() -> Path:
     """The folder that notebooks draw to; of another model than the bundled one, the folder of its name in it."""
     return home() / "figures" / _of_model()

@@ -1,18 +1,25 @@
-"""Class names -> text queries: prompt templates, synonyms, averaged embeddings.
+"""Class names -> text queries: prompt templates, synonyms, averaged embeddings, which are kept on disk.
 
 Letters: q queries (one per word or synonym), e embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
+
+from sclip_lab.files import cache, replacing
 
 if TYPE_CHECKING:
     from sclip_lab.clip import Clip
@@ -47,7 +54,7 @@ def queries(
             f"model {clip.name!r} never saw the words of {strange}: expected names from its own world, or another "
             f"model, such as 'ViT-B-16-quickgelu:openai'"
         )
-    vector_of = {word: _embed(clip, word, prompts) for word in unique}
+    vector_of = _embedded(clip, list(unique), tuple(prompts))
     vectors = torch.stack([vector_of[word] for words in words_of.values() for word in words])
     query_class = [index for index, words in enumerate(words_of.values()) for _ in words]
     return Queries(vectors, torch.tensor(query_class, device=vectors.device), list(words_of))
@@ -90,16 +97,45 @@ def _lines(classes: Sequence[str] | str | PathLike[str]) -> Sequence[str]:
     return classes
 
 
-_EMBEDDED: WeakKeyDictionary = WeakKeyDictionary()  # of each living Clip: its vectors by word and templates
+_EMBEDDED: WeakKeyDictionary = WeakKeyDictionary()  # of each living Clip: its vectors by templates and word
 
 
-def _embed(clip: "Clip", word: str, templates: Sequence[str]) -> Tensor:
-    known = _EMBEDDED.setdefault(clip, {})
-    key = (word, tuple(templates))
-    if key not in known:
-        vectors = clip.encode_text([template.replace("{}", word) for template in templates])
-        known[key] = torch.nn.functional.normalize(vectors.float().mean(dim=0), dim=0)
-    return known[key]
+def _embedded(clip: "Clip", words: list[str], templates: tuple[str, ...]) -> dict[str, Tensor]:
+    """The vector of each word: as it is known, in memory or on disk, or encoded now and known from then on."""
+    known: dict[str, Tensor] = _EMBEDDED.setdefault(clip, {}).setdefault(templates, {})
+    if not known.keys() >= set(words):
+        path = cache() / "text" / f"{_fingerprint(clip, templates)}.safetensors"
+        known |= _on_disk(path, clip.model.logit_scale.device)
+        if missing := [word for word in words if word not in known]:
+            bar = tqdm(missing, f"words for {clip.name}", unit="word", disable=None, delay=3)
+            known |= {word: _embed(clip, word, templates) for word in bar}
+            # Words that another process has added meanwhile are kept. A disk that takes nothing costs only time.
+            with suppress(OSError), replacing(path) as temporary:
+                save_file(_on_disk(path, "cpu") | {word: vector.cpu() for word, vector in known.items()}, temporary)
+    return known
+
+
+def _embed(clip: "Clip", word: str, templates: Iterable[str]) -> Tensor:
+    vectors = clip.encode_text([template.replace("{}", word) for template in templates])
+    return torch.nn.functional.normalize(vectors.float().mean(dim=0), dim=0)
+
+
+def _on_disk(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        return load_file(path, str(device))
+    except (OSError, SafetensorError):  # nothing there, or nothing that can be used: it is written anew
+        return {}
+
+
+def _fingerprint(clip: "Clip", templates: tuple[str, ...]) -> str:
+    """What vectors depend on but for the word: the text tower's architecture and weights, and the templates."""
+    architecture = clip.name.partition(":")[0], str(clip.model.transformer)
+    digest = blake2b(repr((architecture, templates)).encode(), digest_size=12)
+    for name, tensor in clip.model.state_dict().items():
+        if not name.startswith("visual."):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _checked(templates: Sequence[str]) -> Sequence[str]:

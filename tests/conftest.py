@@ -17,6 +17,11 @@ torch.set_num_threads(1)  # also where torch was there before, in a notebook's k
 REFERENCE = Path(__file__).parent / "reference"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # what one run keeps is none of the next one's
+
+
 @pytest.fixture(scope="session")
 def visual():
     """The small random tower that the authors' code answered for; its tests leave it as it is."""

@@ -1,5 +1,7 @@
 import gc
 import weakref
+from copy import deepcopy
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -98,7 +100,10 @@ def test_unusable_templates_are_refused(clip, templates, message):
         text.queries(clip, CLASSES, templates)
 
 
-def test_words_are_embedded_once_per_model_and_forgotten_with_it(clip):
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Copies of a Clip that keep vectors in a folder of this test, and a list of the texts that they encode."""
+    monkeypatch.setenv("SCLIP_CACHE", str(tmp_path))
     texts = []
 
     class Counting(Clip):
@@ -106,7 +111,11 @@ def test_words_are_embedded_once_per_model_and_forgotten_with_it(clip):
             texts.extend(batch)
             return super().encode_text(batch)
 
-    counting = Counting(clip.name, clip.model, clip.tokenizer, clip.mean, clip.std)
+    return lambda clip: Counting(clip.name, clip.model, clip.tokenizer, clip.mean, clip.std), texts
+
+
+def test_words_are_embedded_once_per_model_and_forgotten_with_it(clip, counted):
+    counting, texts = counted[0](clip), counted[1]
     first, again = (text.queries(counting, ["cat", "sky|cat"], ["{}", "a {}"]) for _ in range(2))
     assert texts == ["cat", "a cat", "sky", "a sky"]
     assert torch.equal(first.vectors, again.vectors)
@@ -116,3 +125,36 @@ def test_words_are_embedded_once_per_model_and_forgotten_with_it(clip):
     del counting
     gc.collect()
     assert forgotten() is None
+
+
+def test_words_are_embedded_once_for_all_processes(clip, counted, tmp_path):
+    copy, texts = counted
+    first = text.queries(copy(clip), ["cat", "sky"], ["{}"])
+    again = text.queries(copy(clip), ["sky", "cat", "grass"], ["{}"])  # as another process: nothing in memory
+    assert texts == ["cat", "sky", "grass"]
+    assert torch.equal(again.vectors[:2], first.vectors.flip(0))
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(text.queries(copy(clip), ["cat"], ["{}"]).vectors, first.vectors[:1])
+    assert texts == ["cat", "sky", "grass", "cat"]
+
+
+def test_vectors_on_disk_are_of_the_same_tower_and_templates(clip, counted):
+    copy, texts = counted
+    text.queries(copy(clip), ["cat"], ["{}"])
+    text.queries(copy(clip), ["cat"], ["a {}"])
+    other = replace(copy(clip), model=deepcopy(clip.model))
+    with torch.no_grad():
+        other.model.ln_final.weight[3] += 1e-3
+    text.queries(other, ["cat"], ["{}"])
+    assert texts == ["cat", "a cat", "cat"]
+    other.model.visual.proj.data.zero_()  # pictures are none of their business
+    text.queries(replace(other), ["cat"], ["{}"])
+    assert texts == ["cat", "a cat", "cat"]
+
+
+def test_a_disk_that_takes_nothing_is_no_error(clip, counted, tmp_path):
+    copy, texts = counted
+    (tmp_path / "text").write_text("a file where a folder would be")
+    assert len(text.queries(copy(clip), ["cat"], ["{}"]).vectors) == 1
+    assert texts == ["cat"]

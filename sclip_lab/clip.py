@@ -7,6 +7,7 @@ import json
 import textwrap
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,16 +21,22 @@ if TYPE_CHECKING:
     import open_clip
     from open_clip.transformer import VisionTransformer
 
+    from sclip_lab.trunk import Trunk
+
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A frozen CLIP in eval mode. Its pixels are to be normalised by mean and std, of RGB in 0..1 units."""
+    """A frozen CLIP in eval mode. Its pixels are to be normalised by mean and std, of RGB in 0..1 units.
+
+    `step`: what is done to a trunk before it is read (`later.repaired`). Results are kept by name.
+    """
 
     name: str
     model: open_clip.CLIP
     tokenizer: open_clip.SimpleTokenizer
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    step: Callable[[Trunk], Trunk] | None = None
 
     @property
     def visual(self) -> VisionTransformer:

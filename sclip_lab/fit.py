@@ -127,7 +127,7 @@ def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protoco
     streams, truths = [], []
     for key in keys:
         image, truth = dataset.read(key)
-        trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
+        trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
         streams.append(trunk.site().stream)
         truths.append(window_labels(truth, protocol, trunk.grid))
     stream, labels = torch.cat(streams), torch.cat(truths).to(streams[0].device)

@@ -23,6 +23,7 @@ from sclip_lab.registry import Attention, attention, variant
 from sclip_lab.trunk import Trunk
 
 if TYPE_CHECKING:
+    from sclip_lab.clip import Clip
     from sclip_lab.trunk import Site
 
 LAST, LAST_SIX = (-1,), (-6, -5, -4, -3, -2, -1)
@@ -200,6 +201,14 @@ def repair(trunk: Trunk, neighbours: int = 30, contamination: float = 0.05) -> T
     site = trunk.sites[-1]
     stream = torch.stack([_repaired(x, site.grid, neighbours, contamination) for x in site.stream])
     return Trunk(trunk.visual, (*trunk.sites[:-1], replace(site, stream=stream)))
+
+
+def repaired(clip: Clip) -> Clip:
+    """The same model, with `repair` before every read-out: "tiny" becomes "tiny+repair", wherever results name it.
+
+    Only the last layer sees it: where a layer underneath is replaced too, in the tower, its stream is computed anew.
+    """
+    return replace(clip, name=f"{clip.name}+repair", step=repair)
 
 
 def _repaired(x: Tensor, grid: tuple[int, int], neighbours: int, contamination: float) -> Tensor:

@@ -52,7 +52,7 @@ def look(clip: Clip, picture: Source, words: Queries) -> Subject:
     side = clip.image_size * 3 // 2
     protocol = Protocol(short_side=side, crop=0, long_side=4 * side)  # a longer panorama's weights would fill memory
     picture = read(picture)
-    trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std)
+    trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std, clip.step)
     return Subject(resize(picture, protocol.resized(*picture.shape[:2])), trunk, protocol, words)
 
 

@@ -111,7 +111,7 @@ def _measure_all(
 ) -> Table:
     """MEASURES of all attentions that lack those of the picture `key`."""
     image, truth = dataset.read(key)
-    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
+    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
     labels = window_labels(truth, protocol, trunk.grid).flatten(1)
     return {head: _measure(attend, trunk.site(), labels) for head, attend in missing[key].items()}
 

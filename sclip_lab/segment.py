@@ -6,7 +6,7 @@ attention, read-out and vocabulary; `scores` and `stitch` are cheap.
 Letters: H W image, n windows, q queries, i j patch grid of a window, e embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -34,10 +34,15 @@ def trunk_of(
     protocol: Protocol = Protocol(),
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    step: Callable[[Trunk], Trunk] | None = None,
 ) -> Trunk:
-    """Run the tower once over all windows of an image (uint8 RGB [H W 3]). `mean`, `std`: of RGB in 0 to 1 units."""
+    """Run the tower once over all windows of an image (uint8 RGB [H W 3]), and then the `step`, such as `later.repair`.
+
+    `mean` and `std` are of RGB in 0 to 1 units.
+    """
     device = next(visual.parameters()).device
-    return encode(visual, pixels(torch.from_numpy(windows(image, protocol)).to(device), mean, std))
+    trunk = encode(visual, pixels(torch.from_numpy(windows(image, protocol)).to(device), mean, std))
+    return step(trunk) if step else trunk
 
 
 def scores(
@@ -68,12 +73,13 @@ def logits(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     layers: tuple[int, ...] = (-1,),
+    step: Callable[[Trunk], Trunk] | None = None,
 ) -> Tensor:
     """Cosines [q H W] at the image's own size, averaged over windows, before any scale or softmax.
 
-    `image` is uint8 RGB [H W 3], `queries` unit text vectors [q e]; `mean` and `std` are of RGB in 0 to 1 units.
+    `image` is uint8 RGB [H W 3], `queries` unit text vectors [q e]; `mean`, `std` and `step`: see `trunk_of`.
     """
-    trunk = trunk_of(visual, image, protocol, mean, std)
+    trunk = trunk_of(visual, image, protocol, mean, std, step)
     return stitch(scores(trunk, queries, attention, readout, layers), protocol, image.shape[:2])
 
 
@@ -126,7 +132,7 @@ def segment(
     clip = model if isinstance(model, Clip) else _loaded(model, device)
     protocol, labelling = protocol or Protocol.for_image_size(clip.image_size), labelling or Labelling()
     words = embed(clip, classes, templates)
-    trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std)
+    trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std, clip.step)
     own = scores(trunk, words.vectors, attention, readout, layers)
     found: Tensor | Stitched = Stitched(own, protocol, picture.shape[:2])
     if refine:

@@ -149,7 +149,7 @@ def _measure(clip: Clip, protocol: Protocol, missing: Missing, strict: bool, key
             raise
         return error
     image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
-    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std)
+    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
     refined = {refine: refine(image, protocol, clip.mean, clip.std) for (*_, refine), _ in variants if refine}
     sharing: dict[tuple[Attention, Layers], list[tuple[Variant, list[Asked]]]] = {}
     for variant, group in variants:

@@ -10,10 +10,15 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from sclip_lab import Clip, Protocol, load, load_dataset, segment, summarise, sweep
+from sclip_lab import Clip, Protocol, compare, encode, load, load_dataset, logits, repair, segment, summarise, sweep
 from sclip_lab.datasets import BrokenImage
+from sclip_lab.images import pixels
+from sclip_lab.later import repaired
+from sclip_lab.protocol import stitch, windows
 from sclip_lab.refine import Pamr
+from sclip_lab.segment import scores
 from sclip_lab.store import CELL, COUNTS
+from sclip_lab.text import queries
 
 LIMIT, PROTOCOL = 3, Protocol(96, 96, 48)
 SETS = ("scenes-full", "scenes-background", "scenes-things")
@@ -155,6 +160,26 @@ def test_refined_labels_are_those_of_segment_and_named_in_the_labelling(clip: Cl
         frame.loc[frame["labelling"] == name, "intersection"].sum() for name in ("40/0+pamr(3/1,2)", "40/0")
     )
     assert refined != plain
+
+
+def test_a_repaired_trunk_is_read_in_sweep_segment_and_logits_and_has_a_name_of_its_own(clip: Clip) -> None:
+    dataset, with_repair = load_dataset("scenes-full", limit=2), repaired(clip)
+    words = queries(clip, dataset.classes)
+    frame = pd.concat(sweep(model, dataset, "csa", PROTOCOL) for model in (clip, with_repair))
+    assert list(frame["model"].unique()) == ["tiny", "tiny+repair"]
+    for key in dataset.keys:
+        image, truth = dataset.read(key)
+        shown = pixels(torch.from_numpy(windows(image, PROTOCOL)), clip.mean, clip.std)
+        by_hand = stitch(scores(repair(encode(clip.visual, shown)), words.vectors), PROTOCOL, image.shape[:2])
+        found = logits(clip.visual, image, words.vectors, protocol=PROTOCOL, step=repair)
+        torch.testing.assert_close(found, by_hand)
+        labels = dataset.labelling(by_hand, words.query_class).numpy()
+        assert (labels == segment(image, dataset.classes, with_repair, protocol=PROTOCOL).labels).all()
+        assert (labels != segment(image, dataset.classes, clip, protocol=PROTOCOL).labels).any()
+        rows = frame[(frame["model"] == "tiny+repair") & (frame["image"] == key)]
+        assert rows["intersection"].sum() == (labels == truth).sum()
+    gain = compare(frame, {"model": "tiny+repair"}, {"model": "tiny"})
+    assert gain["difference"].item() != 0
 
 
 def test_what_a_sweep_cannot_tell_apart_or_use_is_one_line(clip: Clip) -> None:

@@ -27,7 +27,7 @@ from sclip_lab.readers import LAYOUTS, BrokenImage
 from sclip_lab.remap import TABLES
 from sclip_lab.text import parse
 
-__all__ = ["BENCHMARKS", "Benchmark", "BrokenImage", "Dataset", "datasets", "load_dataset", "studied"]
+__all__ = ["BENCHMARKS", "Benchmark", "BrokenImage", "Dataset", "benchmarks", "datasets", "load_dataset", "studied"]
 
 Read = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
@@ -99,31 +99,39 @@ def datasets() -> pd.DataFrame:
 
 # By kind of vocabulary, the bundled scenes, and the benchmarks that may stand in their place, the paper's choice first
 KINDS = {
-    "background": ("scenes-background", ("voc21", "context60", "coco-object")),
-    "things": ("scenes-things", ("voc20", "context59")),
-    "everything": ("scenes-full", ("coco-stuff", "context59", "ade20k", "coco-stuff-10k", "cityscapes", "voc20")),
+    "background": ("scenes-background", "voc21", "context60", "coco-object"),
+    "things": ("scenes-things", "voc20", "context59"),
+    "everything": ("scenes-full", "coco-stuff", "context59", "ade20k", "coco-stuff-10k", "cityscapes", "voc20"),
 }
 
 
-def studied(limit: int | None = None) -> dict[str, Dataset]:
-    """What the notebooks measure on, by kind of vocabulary: KINDS.
+def benchmarks(limit: int | None = None) -> dict[str, Dataset]:
+    """All that notebooks can measure on, by name: the first `limit` of the bundled scenes, under each vocabulary.
 
-    The first `limit` of the bundled scenes, or, where SCLIP_MODEL and SCLIP_DATA are both set, of each kind the first
-    benchmark that is there: SCLIP_LIMIT of its pictures, all of them unless it is set. A kind of which none is there
-    takes what another has. Raises ValueError for a SCLIP_LIMIT that is no number, FileNotFoundError for a folder
+    Where SCLIP_MODEL and SCLIP_DATA are both set, the BENCHMARKS that are there instead: SCLIP_LIMIT of their pictures,
+    all of them unless it is set. Raises ValueError for a SCLIP_LIMIT that is no number, FileNotFoundError for a folder
     without any benchmark.
     """
     if chosen() == "tiny" or not (root := os.environ.get("SCLIP_DATA")):
-        return {kind: load_dataset(name, limit=limit) for kind, (name, _) in KINDS.items()}
+        return {name: load_dataset(name, limit=limit) for name, *_ in KINDS.values()}
     number = os.environ.get("SCLIP_LIMIT") or None
     if number and not number.isdigit():
         raise ValueError(f"SCLIP_LIMIT={number!r}: expected a number of pictures")
-    there = {name: _there(name, root, number and int(number)) for _, names in KINDS.values() for name in names}
-    found = [dataset for dataset in there.values() if dataset]
-    if not found:
+    every = {name: _there(name, root, number and int(number)) for name in BENCHMARKS}
+    if not any(every.values()):
         hint = f"`python -m sclip_lab data check {root}` says what to get"
-        raise FileNotFoundError(f"SCLIP_DATA={root!r} holds none of {', '.join(there)}: {hint}")
-    return {kind: next(filter(None, map(there.get, names)), found[0]) for kind, (_, names) in KINDS.items()}
+        raise FileNotFoundError(f"SCLIP_DATA={root!r} holds none of {', '.join(BENCHMARKS)}: {hint}")
+    return {name: dataset for name, dataset in every.items() if dataset}
+
+
+def studied(limit: int | None = None) -> dict[str, Dataset]:
+    """What most notebooks measure on, by kind of vocabulary: of `benchmarks`, the first in KINDS that is there.
+
+    A kind of which none is there takes what another has.
+    """
+    there = benchmarks(limit)
+    rest = next(iter(there.values()))
+    return {kind: next((there[name] for name in names if name in there), rest) for kind, names in KINDS.items()}
 
 
 def _there(name: str, root: str, limit: int | None) -> Dataset | None:

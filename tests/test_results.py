@@ -48,3 +48,25 @@ def test_a_sample_is_measured_again(stored):
 
 def test_there_are_results():
     assert STORED
+
+
+@pytest.fixture
+def published():
+    return pd.read_csv(home() / "data" / "paper.csv")
+
+
+def test_published_numbers_say_how_sure_they_are(published):
+    sure = {"published", "second-hand", "second-hand, sources agree", "derived", "memory, unverified"}
+    assert set(published["status"]) == sure
+    assert published["source"].notna().all()
+    assert not published.duplicated(["table", "method", "dataset", "protocol", "attention", "readout"]).any()
+
+
+def test_published_averages_are_those_of_eight_benchmarks(published):
+    main = published[published["table"].fillna(1).eq(1) & published["dataset"].ne("coco-stuff-10k")]
+    averaged = main["method"].isin(main.loc[main["dataset"] == "average", "method"])
+    wide = main[averaged].pivot(index="method", columns="dataset", values="miou").dropna()
+    assert {"CLIP", "MaskCLIP", "ReCo", "GroupViT", "TCL", "SCLIP"} < set(wide.index)
+    assert wide.shape[1] == 9
+    average = wide.pop("average")
+    np.testing.assert_allclose(wide.mean(axis=1), average, atol=0.07)  # printed with one decimal, cut or rounded

@@ -12,6 +12,7 @@ Letters: b windows of a batch, n windows or tokens, d width, i j patch grid of a
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from sclip_lab.attention import affinity
 from sclip_lab.clip import Clip
-from sclip_lab.datasets import Dataset
+from sclip_lab.datasets import BrokenImage, Dataset
 from sclip_lab.files import replacing, results
 from sclip_lab.metrics import IGNORE
 from sclip_lab.protocol import Protocol, window_labels
@@ -80,7 +81,8 @@ def fit(
 
     It starts as the tower's own W_q. Adam minimises the `loss_of` cosines that are scaled as `dataset.labelling` does,
     in the windows of the evaluation, read out in full; `batch` windows a step, drawn by `seed`. The paper gives none of
-    these. Raises ValueError for another split than "train", and for more samples than there are.
+    these. Pictures whose files cannot be used are left out, with a warning that names them. Raises ValueError for
+    another split than "train", for more samples than there are, and where no picture is left.
     """
     if dataset.split != "train":
         raise ValueError(
@@ -90,7 +92,7 @@ def fit(
     if not 1 <= samples <= len(dataset.keys):
         raise ValueError(f"samples={samples} of {dataset.name!r}: expected 1 to {len(dataset.keys)}, or load more")
     words = queries(clip, dataset.classes)
-    protocol = Protocol.for_image_size(clip.image_size)
+    protocol = dataset.protocol or Protocol.for_image_size(clip.image_size)
     site, truth = _encode(clip, dataset, dataset.keys[:samples], protocol)
     attention = site.block.attn
     projection = Projection(attention.in_proj_weight.chunk(3)[0], attention.in_proj_bias.chunk(3)[0])  # W_q
@@ -124,12 +126,20 @@ def loss_of(logits: Tensor, query_class: Tensor, truth: Tensor) -> Tensor:
 @torch.no_grad()
 def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protocol) -> tuple[Site, Tensor]:
     """The last block's site for all windows [n] with labels, as if of a tower of one layer, and the labels [n i j]."""
-    streams, truths = [], []
+    streams, truths, broken = [], [], []
     for key in keys:
-        image, truth = dataset.read(key)
+        try:
+            image, truth = dataset.read(key)
+        except BrokenImage as error:
+            broken.append(str(error))
+            continue
         trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
         streams.append(trunk.site().stream)
         truths.append(window_labels(truth, protocol, trunk.grid))
+    if broken:
+        warnings.warn(f"pictures left out, {len(broken)} in all: {'; '.join(broken):.2000}", stacklevel=3)
+    if not streams:
+        raise ValueError(f"no picture of {dataset.name!r} is left to learn from: expected whole files")
     stream, labels = torch.cat(streams), torch.cat(truths).to(streams[0].device)
     labelled = (labels != IGNORE).flatten(1).any(dim=1)
     return Site(clip.visual.transformer.resblocks[-1:], stream[labelled], trunk.grid), labels[labelled]

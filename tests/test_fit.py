@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from sclip_lab import Clip, Protocol, attention, dense, load, load_dataset
+from sclip_lab.datasets import BrokenImage
 from sclip_lab.fit import Fit, Projection, curve, fit
 from sclip_lab.images import MEAN, STD
 from sclip_lab.segment import trunk_of
@@ -99,6 +100,29 @@ def test_pictures_without_labels_teach_nothing(clip: Clip) -> None:
     partly = fit(clip, dataclasses.replace(dataset, read=read), samples=2, steps=3, batch=1)
     alone = fit(clip, dataset, samples=1, steps=3, batch=1)
     assert np.array_equal(partly.losses, alone.losses)
+
+
+def test_a_broken_picture_is_left_out_with_a_warning(clip: Clip) -> None:
+    dataset = load_dataset("scenes-full", split="train", limit=2)
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        if key == "0":
+            raise BrokenImage("0.png is cut short")
+        return dataset.read(key)
+
+    with pytest.warns(UserWarning, match="left out, 1 in all: 0.png is cut short"):
+        partly = fit(clip, dataclasses.replace(dataset, read=read), samples=2, steps=3, batch=2)
+    whole = fit(clip, dataclasses.replace(dataset, keys=("1",)), samples=1, steps=3, batch=2)
+    assert np.array_equal(partly.losses, whole.losses)
+    alone = dataclasses.replace(dataset, read=read, keys=("0",))
+    with pytest.warns(UserWarning, match="0.png"), pytest.raises(ValueError, match="no picture of 'scenes-full-train'"):
+        fit(clip, alone, samples=1, steps=1)
+
+
+def test_the_windows_are_those_of_the_evaluation(clip: Clip) -> None:
+    dataset = load_dataset("scenes-full", split="train", limit=1)
+    own = fit(clip, dataclasses.replace(dataset, protocol=Protocol(96, 96, 48)), samples=1, steps=1)
+    assert own.made_with["protocol"] == "96/96/48"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ Letters: b images, h heads, n tokens (CLS first), p = n - 1 patches, c width of 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -176,12 +177,12 @@ def patches(model: Any, site: Site) -> Tensor:
 def _timm(name: str) -> nn.Module:
     import timm  # takes seconds
 
-    name, _, path = name.partition(":")
+    kind, _, path = name.partition(":")
     source = {"checkpoint_path": path} if path else {"pretrained": True}
     try:
-        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **source)
-    except (RuntimeError, OSError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        model = timm.create_model(kind, num_classes=0, dynamic_img_size=True, **source)
+    except Exception as error:  # every reader of weights has exceptions of its own
+        reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder="...")
         raise ValueError(
             f"no features of {name!r} ({reason}): expected a ViT of timm, or 'NAME:path/to/weights'"
         ) from None

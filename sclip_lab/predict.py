@@ -6,10 +6,12 @@ The paper holds that CLIP's last attention segments badly because it is spatiall
 Letters: n windows or tokens, p patches of a window, h heads, s bootstrap samples, a attentions.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from time import monotonic
 
 import numpy as np
 import pandas as pd
@@ -18,13 +20,13 @@ from torch import Tensor
 
 from sclip_lab import metrics
 from sclip_lab.clip import Clip
-from sclip_lab.datasets import Dataset
+from sclip_lab.datasets import BrokenImage, Dataset
 from sclip_lab.files import replacing, results
 from sclip_lab.metrics import IGNORE, miou, multiplicities
 from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.registry import Attention, attention, base, canonical
 from sclip_lab.segment import trunk_of
-from sclip_lab.store import CELL
+from sclip_lab.store import CELL, EVERY
 from sclip_lab.summary import stacked
 from sclip_lab.sweep import side_by_side
 from sclip_lab.trunk import Site
@@ -49,9 +51,11 @@ def measures(
 
     Those of `metrics` on the mean map of the heads; `others` is `alignment` without the part that a patch gives itself:
     the share of its attention on OTHER patches of its class. `protocol` None: as in `sweep`. `store`: a file of that
-    name in the folder of results is read first, only what is missing in it is measured, and what is measured is added.
+    name in the folder of results is read first, only what is missing in it is measured, and what is measured is added,
+    every so often (store.EVERY) and at the end, whatever ends it. A picture whose files cannot be used is left out, with
+    a warning that names it.
     """
-    protocol = protocol or Protocol.for_image_size(clip.image_size)
+    protocol = protocol or dataset.protocol or Protocol.for_image_size(clip.image_size)
     named = {canonical(attend): attention(attend) for attend in attentions}
     place = (clip.name, dataset.name, str(protocol))
     wanted: list[Head] = [(*place, name, key) for name in named for key in dataset.keys]
@@ -61,13 +65,17 @@ def measures(
     for *_, name, key in wanted:
         if (head := (*place, name, key)) not in table:
             missing.setdefault(key, {})[head] = named[name]
-    about = f"attention maps of {dataset.pictures} {protocol}"
-    for rows in side_by_side(partial(_measure_all, clip, dataset, protocol, missing), missing, about):
-        table |= rows
-    if path and missing:
-        with replacing(path) as temporary:
-            _frame(dict(sorted(table.items()))).to_parquet(temporary, index=False, compression="zstd")
-    return _frame({head: table[head] for head in wanted})
+    about, written = f"attention maps of {dataset.pictures} {protocol}", monotonic()
+    try:
+        for rows in side_by_side(partial(_measure_all, clip, dataset, protocol, missing), missing, about):
+            table |= rows
+            if path and monotonic() - written > EVERY:
+                _write(table, path)
+                written = monotonic()
+    finally:
+        if path and missing:
+            _write(table, path)
+    return _frame({head: table[head] for head in wanted if head in table})
 
 
 def rank_correlation(frame: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +118,11 @@ def _measure_all(
     clip: Clip, dataset: Dataset, protocol: Protocol, missing: dict[str, dict[Head, Attention]], key: str
 ) -> Table:
     """MEASURES of all attentions that lack those of the picture `key`."""
-    image, truth = dataset.read(key)
+    try:
+        image, truth = dataset.read(key)
+    except BrokenImage as error:
+        warnings.warn(f"picture left out: {error}", stacklevel=2)
+        return {}
     trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
     labels = window_labels(truth, protocol, trunk.grid).flatten(1)
     return {head: _measure(attend, trunk.site(), labels) for head, attend in missing[key].items()}
@@ -169,6 +181,11 @@ def _read(path: Path) -> Table:
         raise ValueError(f"{path} cannot be read ({shorten(str(error), 80)}), {expected}") from None
     heads, values = (frame[columns].itertuples(index=False, name=None) for columns in (KEYS, MEASURES))
     return dict(zip(heads, values, strict=True))
+
+
+def _write(table: Table, path: Path) -> None:
+    with replacing(path) as temporary:
+        _frame(dict(sorted(table.items()))).to_parquet(temporary, index=False, compression="zstd")
 
 
 def _frame(table: Table) -> pd.DataFrame:

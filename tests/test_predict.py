@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from sclip_lab import Clip, Protocol, encode, load, load_dataset
+from sclip_lab.datasets import BrokenImage
 from sclip_lab.images import pixels
 from sclip_lab.predict import MEASURES, compare_measures, measures, rank_correlation
 from sclip_lab.protocol import windows
@@ -106,6 +108,52 @@ def test_what_is_stored_is_not_measured_again(clip: Clip, folder: Path) -> None:
     pd.testing.assert_frame_equal(again, whole[whole["attention"] == "vanilla"].reset_index(drop=True))
     pd.testing.assert_frame_equal(again[again["image"] == "1"].reset_index(drop=True), first)
     assert sorted(reads) == ["0", "1"]
+
+
+def test_what_was_measured_before_an_interruption_is_kept(clip: Clip, folder: Path) -> None:
+    dataset, small = load_dataset("scenes-full", limit=3), Protocol(96, 96, 48)
+    whole = measures(clip, dataset, ["qq"], small, "whole")
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        if key == "2":
+            raise KeyboardInterrupt
+        return dataset.read(key)
+
+    with pytest.raises(KeyboardInterrupt):
+        measures(clip, dataclasses.replace(dataset, read=read), ["qq"], small, "bits")
+    kept = pd.read_parquet(folder / "bits.parquet")
+    pd.testing.assert_frame_equal(kept, whole[whole["image"] != "2"])
+    rest = dataclasses.replace(dataset, read={"2": dataset.read("2")}.__getitem__)
+    pd.testing.assert_frame_equal(measures(clip, rest, ["qq"], small, "bits"), whole)
+
+
+def test_the_file_is_written_while_pictures_wait(clip: Clip, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sclip_lab.predict.EVERY", 0)
+    dataset, path, stored = load_dataset("scenes-full", limit=3), folder / "bits.parquet", []
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        deadline = monotonic() + 10
+        while key == "2" and not path.is_file() and monotonic() < deadline:
+            sleep(0.01)
+        stored.append(path.is_file())
+        return dataset.read(key)
+
+    measures(clip, dataclasses.replace(dataset, read=read), ["qq"], Protocol(96, 96, 48), "bits")
+    assert stored[0] is False
+    assert stored[-1] is True
+
+
+def test_a_broken_picture_is_left_out_by_name(clip: Clip) -> None:
+    dataset, small = load_dataset("scenes-full", limit=2), Protocol(96, 96, 48)
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        if key == "0":
+            raise BrokenImage("0.jpg is cut off")
+        return dataset.read(key)
+
+    with pytest.warns(UserWarning, match="picture left out: 0.jpg is cut off"):
+        found = measures(clip, dataclasses.replace(dataset, read=read), ["qq"], small)
+    assert list(found["image"]) == ["1"]
 
 
 def test_another_file_is_one_line(clip: Clip, folder: Path) -> None:

@@ -52,8 +52,8 @@ def measures(
     Those of `metrics` on the mean map of the heads; `others` is `alignment` without the part that a patch gives itself:
     the share of its attention on OTHER patches of its class. `protocol` None: as in `sweep`. `store`: a file of that
     name in the folder of results is read first, only what is missing in it is measured, and what is measured is added,
-    every so often (store.EVERY) and at the end, whatever ends it. A picture whose files cannot be used is left out, with
-    a warning that names it.
+    every so often (store.EVERY) and at the end, whatever ends it. A picture whose files cannot be used is left out,
+    with a warning that names it.
     """
     protocol = protocol or dataset.protocol or Protocol.for_image_size(clip.image_size)
     named = {canonical(attend): attention(attend) for attend in attentions}

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -200,12 +202,22 @@ def test_unknown_numbers_of_any_type_are_listed_but_not_all() -> None:
         remap(np.array([[-1]]), {0: 0})
 
 
-def test_photographs_that_are_cut_short_are_noticed(tmp_path: Path) -> None:
+def drawn(progressive: bool) -> bytes:
+    file, pixels = BytesIO(), np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", progressive=progressive)
+    return file.getvalue()
+
+
+def photographed() -> bytes:
     root = os.environ.get("SCLIP_PHOTOS")
     if not root:
         pytest.skip("SCLIP_PHOTOS is not set: it names a folder with VOCdevkit/VOC2012")
-    key = voc(tmp_path, [0])
-    whole = min(Path(root, "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg")).read_bytes()
+    return min(Path(root, "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg")).read_bytes()
+
+
+@pytest.mark.parametrize("jpeg", [partial(drawn, False), partial(drawn, True), photographed])
+def test_jpegs_that_are_cut_short_are_noticed(jpeg: Callable[[], bytes], tmp_path: Path) -> None:
+    key, whole = voc(tmp_path, [0]), jpeg()
     for length in (len(whole) // 2, len(whole) - 2):
         (tmp_path / IMAGE).write_bytes(whole[:length])
         with pytest.raises(BrokenImage, match=key):

@@ -155,11 +155,13 @@ def _unfit(config: dict) -> str:
 
 
 def _fetch(model: str, tag: str, weights: dict) -> Path:
-    """Download the weights of a tag, or find them in the cache of earlier downloads."""
+    """Download the weights of a tag, with a progress bar, or find them in the cache of earlier downloads; verified."""
     import open_clip
 
+    from sclip_lab.fetch import verified  # takes a tenth of a second
+
     try:
-        return Path(open_clip.download_pretrained(weights))
+        return verified(Path(open_clip.download_pretrained(weights)))
     except (OSError, RuntimeError) as error:
         repo, _, file = weights["hf_hub"].rpartition("/")
         file = file or "open_clip_model.safetensors"

@@ -1,5 +1,6 @@
-"""The owners' files: which of them are there, what is missing, and getting it."""
+"""The owners' files: which of them are there, what is missing, getting it, and whether it is what they published."""
 
+import re
 import shutil
 import sys
 import time
@@ -156,6 +157,21 @@ def resume(url: str, output_file: Any, pooch: Any = None) -> None:
             tries = 0 if _size(part) > before else tries + 1
             time.sleep(max(tries - 1, 0))
     raise ConnectionError(f"{url} broke off at {_size(part)} bytes ({reason}): run this again to go on from there")
+
+
+def verified(path: Path) -> Path:
+    """A file in Hugging Face's cache, if its SHA-256 is the one that its owner states, by which the cache names it.
+
+    The hub's own client compares only sizes. Raises ValueError for another file. One that the cache could not name so,
+    on a system without links, is taken as it is.
+    """
+    stated = path.readlink().name if path.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{64}", stated) and (found := pooch.file_hash(path)) != stated:
+        raise ValueError(
+            f"{path} is not what its owner published: sha256:{found}, expected sha256:{stated}; "
+            f"remove {path.resolve()} to download it anew"
+        )
+    return path
 
 
 def pictures_of(name: str) -> str:

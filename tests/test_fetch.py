@@ -11,12 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import requests
+import torch
+from safetensors.torch import save
 
-from sclip_lab import fetch
+from sclip_lab import fetch, load
 from sclip_lab.datasets import BENCHMARKS
-from sclip_lab.fetch import ARCHIVES, Archive, check, get, pictures_of
+from sclip_lab.fetch import ARCHIVES, Archive, check, get, pictures_of, verified
 from sclip_lab.readers import LAYOUTS
 
 CUT = 300_000  # bytes after which the server hangs up
@@ -251,3 +254,37 @@ def test_unknown_data_is_one_line() -> None:
     assert pictures_of("context59") == pictures_of("pascal-context") == "pascal-context"
     with pytest.raises(ValueError, match=r"unknown data 'coco': expected one of voc2012, .*coco-object"):
         pictures_of("coco")
+
+
+# Published weights
+
+
+def test_published_weights_are_what_their_owner_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The cache as Hugging Face's client makes it: a link, by a commit and a name, to a file named by its SHA-256.
+    torch.manual_seed(0)
+    nano: dict = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+    }
+    weights = save(open_clip.CLIP(**nano).state_dict())
+    stated = hashlib.sha256(weights).hexdigest()
+    repository = tmp_path / "models--someone--nano"
+    blob, link = repository / "blobs" / stated, repository / "snapshots" / (40 * "c") / "open_clip_model.safetensors"
+    for folder in (blob.parent, link.parent, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(40 * "c")
+    blob.write_bytes(weights)
+    link.symlink_to(f"../../blobs/{stated}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-nano", nano)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-nano", {"published": {"hf_hub": "someone/nano/"}})
+
+    assert load("ViT-nano:published").image_size == 32
+    broken = weights[:-1] + b"?"
+    blob.write_bytes(broken)
+    found = hashlib.sha256(broken).hexdigest()
+    with pytest.raises(ValueError, match=rf"sha256:{found}, expected sha256:{stated}; remove {blob} to") as error:
+        load("ViT-nano:published")
+    assert "\n" not in str(error.value)
+    assert verified(blob) == blob  # a name that nobody stated

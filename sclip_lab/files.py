@@ -22,9 +22,9 @@ def chosen() -> str:
 
 def results() -> Path:
     """The folder of stored results: SCLIP_RESULTS (as seen from `home()`), else data/results; of another model than the
-    bundled one, the folder of its name in it.
+    bundled one, the folder of its name in it, and there the one of SCLIP_DATA.
     """
-    return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser() / _of_model()
+    return home() / Path(os.environ.get("SCLIP_RESULTS") or "data/results").expanduser() / _of_model_and_data()
 
 
 def cache() -> Path:
@@ -33,12 +33,20 @@ def cache() -> Path:
 
 
 def figures() -> Path:
-    """The folder that notebooks draw to; of another model than the bundled one, the folder of its name in it."""
-    return home() / "figures" / _of_model()
+    """The folder that notebooks draw to; of another model than the bundled one, a folder in it, as of `results`."""
+    return home() / "figures" / _of_model_and_data()
 
 
-def _of_model() -> str:
-    return "" if chosen() == "tiny" else re.sub(r"[^\w.]+", "-", chosen()).strip("-")
+def _of_model_and_data() -> Path:
+    if chosen() == "tiny":
+        return Path()
+    data = os.environ.get("SCLIP_DATA")
+    return Path(_plain(chosen()), _plain(str(Path(data).expanduser().resolve())) if data else "")
+
+
+def _plain(name: str) -> str:
+    """A name or path as the name of one folder."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 @contextmanager

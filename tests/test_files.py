@@ -35,7 +35,29 @@ def test_what_is_found_with_another_model_stays_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("SCLIP_MODEL", "ViT-B-16-quickgelu:some/where/weights.pt")
     folder = "ViT-B-16-quickgelu-some-where-weights.pt"
     assert chosen() == "ViT-B-16-quickgelu:some/where/weights.pt"
+    monkeypatch.delenv("SCLIP_DATA", raising=False)
     assert (results(), figures()) == (tmp_path / "data" / "results" / folder, tmp_path / "figures" / folder)
+
+
+def test_what_is_found_on_other_data_stays_apart(monkeypatch, tmp_path):
+    for name in ("voc", "photos laid out as voc"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCLIP_RESULTS", raising=False)
+    monkeypatch.setenv("SCLIP_MODEL", "ViT-B-32:openai")
+    found = []
+    for data in ("", "voc", "./voc/", str(tmp_path / "voc"), "photos laid out as voc"):
+        monkeypatch.setenv("SCLIP_DATA", data)
+        found.append(results())
+        assert figures().relative_to(home() / "figures") == results().relative_to(home() / "data" / "results")
+    none, voc, same, absolute, photos = found
+    assert none.name == "ViT-B-32-openai"
+    assert voc == same == absolute
+    assert (voc.parent, photos.parent) == (none, none)
+    assert voc.name.endswith("-voc")
+    assert photos.name.endswith("-photos-laid-out-as-voc")
+    monkeypatch.setenv("SCLIP_MODEL", "tiny")
+    assert (results(), figures()) == (home() / "data" / "results", home() / "figures")
 
 
 def test_replacing_writes_whole_and_leaves_nothing_else(tmp_path):

@@ -1,6 +1,7 @@
 """Measures of label maps (counts, IoU, bootstrap) and of attention maps (entropy, distance, invariance, alignment).
 
-Letters: n tokens (CLS first), p = n - 1 patches, s bootstrap samples. Label maps are numpy, attention maps torch.
+Letters: n tokens (`prefix` before the patches: 1, CLS, or 0 in towers without), p = n - prefix patches, s bootstrap
+samples. Label maps are numpy, attention maps torch.
 
 All attention measures look at patches only: the row and column of CLS are left out and each row is scaled to sum 1
 again, so that maps of different methods (the rows of CSA's weights sum to 2) are compared on the same footing. Each
@@ -26,16 +27,29 @@ def counts(labels: ArrayLike | Tensor, truth: ArrayLike | Tensor, classes: int, 
 
     Pixels whose truth is `ignore` are left out. Counts of several images add up to the counts of the data set.
     """
-    predicted, true = _numpy(labels), _numpy(truth)
+    predicted, true = (torch.as_tensor(map_).long() for map_ in (labels, truth))
     if predicted.shape != true.shape:
         raise ValueError(f"labels {list(predicted.shape)}, truth {list(true.shape)}: expected the same shape")
     seen = true != ignore
-    predicted, true = predicted[seen], true[seen]
     for name, map_ in (("labels", predicted), ("truth", true)):
-        if map_.size and (map_.min() < 0 or map_.max() >= classes):
-            raise ValueError(f"{name} from {map_.min()} to {map_.max()}: expected 0 to {classes - 1}, or {ignore}")
-    columns = (predicted[predicted == true], predicted, true)
-    return np.stack([np.bincount(map_, minlength=classes) for map_ in columns], axis=1).astype(np.int64)
+        low, high = torch.where(seen, map_, 0).aminmax() if seen.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name} from {low} to {high}: expected 0 to {classes - 1}, or {ignore}")
+    return tally(predicted, true, classes, ignore).cpu().numpy()
+
+
+def tally(labels: Tensor, truth: Tensor, classes: int, ignore: int = IGNORE) -> Tensor:
+    """`counts` [classes 3] of maps that are known to be fit, int64, on their device and without waiting for it."""
+    seen = truth != ignore
+    parts = (seen & (labels == truth), labels), (seen, labels), (seen, truth)
+    # What is left out is counted as one class more.
+    found = [histogram(torch.where(where, map_, classes).flatten(), classes + 1) for where, map_ in parts]
+    return torch.stack(found, dim=1)[:classes]
+
+
+def histogram(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 to size - 1 is among int64 values [n]: as `bincount`, for which a GPU would have to wait."""
+    return values.new_zeros(size).scatter_add_(0, values, torch.ones_like(values))
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
@@ -121,18 +135,18 @@ def borders(truth: ArrayLike | Tensor, within: float) -> np.ndarray:
 # Attention maps
 
 
-def entropy(weights: Tensor) -> Tensor:
+def entropy(weights: Tensor, prefix: int = 1) -> Tensor:
     """Shannon entropy of a source's attention in nats, mean over sources: 0 on one patch, log p on all alike."""
-    rows = _patch_rows(weights)
+    rows = _patch_rows(weights, prefix)
     return torch.special.entr(rows).sum(dim=-1).mean(dim=-1)
 
 
-def distance(weights: Tensor, grid: tuple[int, int]) -> Tensor:
+def distance(weights: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """Mean attention distance in patches: how far from the source, on a `grid` of (rows, columns), its attention lies.
 
     Dosovitskiy et al. 2021 (arXiv 2010.11929, figure 7 and appendix D.7), there in pixels.
     """
-    rows = _patch_rows(weights)
+    rows = _patch_rows(weights, prefix)
     if grid[0] * grid[1] != rows.shape[-1]:
         raise ValueError(f"grid={tuple(grid)} for {rows.shape[-1]} patches: expected rows x columns of them")
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -141,25 +155,25 @@ def distance(weights: Tensor, grid: tuple[int, int]) -> Tensor:
     return (rows * apart).sum(dim=-1).mean(dim=-1)
 
 
-def invariance(weights: Tensor) -> Tensor:
+def invariance(weights: Tensor, prefix: int = 1) -> Tensor:
     """Mean cosine between the attention maps of two different sources: 1 if every patch attends to the same places.
 
     The "spatial invariance" that Wang et al. 2024 (arXiv 2312.01597) see in CLIP's last layer, as a number.
     """
-    rows = torch.nn.functional.normalize(_patch_rows(weights), dim=-1)
+    rows = torch.nn.functional.normalize(_patch_rows(weights, prefix), dim=-1)
     p = rows.shape[-1]
     # The squared norm of the sum of all maps holds every pair's cosine, the p pairs of a map with itself included.
     same = rows.square().sum(dim=(-1, -2))
     return (rows.sum(dim=-2).square().sum(dim=-1) - same) / (p * (p - 1))
 
 
-def alignment(weights: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tensor:
+def alignment(weights: Tensor, labels: Tensor, ignore: int = IGNORE, prefix: int = 1) -> Tensor:
     """Share of a source's attention on patches of its own class, itself included, mean over sources.
 
     `labels` [... p] (see `patch_labels`) broadcast against the maps [...]; for weights [b h n n] pass labels[:, None].
     Sources labelled `ignore` are left out; as targets they belong to no class. NaN where no source is left.
     """
-    rows = _patch_rows(weights)
+    rows = _patch_rows(weights, prefix)
     labels = torch.as_tensor(labels, device=rows.device)
     if labels.shape[-1] != rows.shape[-1]:
         raise ValueError(f"labels of {labels.shape[-1]} patches for maps of {rows.shape[-1]}: expected the same number")
@@ -182,11 +196,11 @@ def patch_labels(labels: ArrayLike | Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy(votes.reshape(-1, kinds).argmax(axis=1))
 
 
-def _patch_rows(weights: Tensor) -> Tensor:
+def _patch_rows(weights: Tensor, prefix: int) -> Tensor:
     """[... n n] -> [... p p]: from patches to patches, each row summing to 1 (or to 0, if all of it went to CLS)."""
-    if weights.ndim < 2 or weights.shape[-1] != weights.shape[-2] or weights.shape[-1] < 3:
-        raise ValueError(f"weights of shape {list(weights.shape)}: expected [... n n], CLS and two patches or more")
-    return torch.nn.functional.normalize(weights[..., 1:, 1:].float(), p=1, dim=-1)
+    if weights.ndim < 2 or weights.shape[-1] != weights.shape[-2] or weights.shape[-1] < prefix + 2:
+        raise ValueError(f"weights of shape {list(weights.shape)}: expected [... n n], two patches or more")
+    return torch.nn.functional.normalize(weights[..., prefix:, prefix:].float(), p=1, dim=-1)
 
 
 def _numpy(map_: ArrayLike | Tensor) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sclip_lab.metrics import patch_labels
 
-CHUNK = 1 << 22  # numbers in one chunk of rows: 16 MB of float32
+CHUNK, LARGE_CHUNK = 1 << 19, 1 << 26  # numbers in one chunk of rows: what a core's cache holds; what busies a GPU
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,17 @@ class Stitched:
         r, c = (len(protocol.starts(side)) for side in resized)
         if len(scores) != r * c:
             raise ValueError(f"scores of {len(scores)} windows: expected {r} x {c} for image {size} under {protocol}")
-        self.rows, cols = (
-            _axis(protocol, own, side, patches).to(scores.device)
-            for own, side, patches in zip(size, resized, scores.shape[2:], strict=True)
-        )
+        self.rows = protocol, size[0], resized[0], scores.shape[2]
+        cols = _axis(protocol, size[1], resized[1], scores.shape[3]).to(scores.device)
         grid = scores.float().unflatten(0, (r, c)).permute(2, 0, 3, 1, 4)  # q r i c j
         self.columns_done = grid.flatten(3, 4).flatten(1, 2) @ cols.T  # q r*i W
 
     def __iter__(self) -> Iterator[Tensor]:
         queries, _, width = self.columns_done.shape
-        for rows in self.rows.split(max(CHUNK // (queries * width), 1)):
-            yield rows @ self.columns_done  # q rows W
+        device = self.columns_done.device
+        chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
+        for read, weights in _bands(*self.rows, max(chunk // (queries * width), 1)):
+            yield weights.to(device) @ self.columns_done[:, read.to(device)]  # q rows W
 
 
 def stitch(scores: Tensor, protocol: Protocol, size: tuple[int, int]) -> Tensor:
@@ -146,6 +146,14 @@ def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
         window[:, start : start + side] = _linear(identity, side)
         overlap[start : start + side] += 1
     return _linear((placed / overlap).flatten(0, 1), own).T.contiguous()
+
+
+@lru_cache(maxsize=128)
+def _bands(protocol: Protocol, own: int, resized: int, patches: int, rows: int) -> list[tuple[Tensor, Tensor]]:
+    """`_axis`, some rows at a time: which of the r*i they read at all, [k], and with which weights, [rows, k]."""
+    bands = _axis(protocol, own, resized, patches).split(rows)
+    read = [band.any(dim=0).nonzero()[:, 0] for band in bands]
+    return [(which, band[:, which]) for which, band in zip(read, bands, strict=True)]
 
 
 def _linear(lines: Tensor, size: int) -> Tensor:

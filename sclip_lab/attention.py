@@ -5,8 +5,8 @@ n] and row i holds what token i gathers from every token j; `sclip_lab.dense` ap
 function with defaults and a docstring that opens with the formula and its source. An argument `of` is another
 attention, a spec or a callable: variants compose, as in "sharpen(tau=2, of='csa')".
 
-Letters: b images, h heads, n tokens (CLS first), c width of a head, d width; x [b n d], q k v [b h n c], and s the
-block's own scale (1 / sqrt(c)).
+Letters: b images, h heads, n tokens (CLS first, where the tower has one: no variant here needs it), c width of a head,
+d width; x [b n d], q k v [b h n c], and s the block's own scale (1 / sqrt(c)).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def window(size: int = 3, of: str | Attention = "vanilla") -> Attention:
         weights = attend(site)
         place = torch.cartesian_prod(*map(torch.arange, site.grid))  # p 2
         apart = (place[:, None] - place[None]).abs().amax(-1)  # p p
-        seen = torch.block_diag(torch.ones(1, 1), apart <= size // 2).to(weights.device)  # n n
+        seen = torch.block_diag(torch.eye(site.prefix), apart <= size // 2).to(weights.device)  # n n
         return _scaled(weights.float() * seen, weights)
 
     return near

@@ -9,17 +9,19 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sclip_lab.files import home
+from sclip_lab.towers import view
 
 if TYPE_CHECKING:
     import open_clip
-    from open_clip.transformer import VisionTransformer
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     from sclip_lab.trunk import Trunk
 
@@ -32,21 +34,32 @@ class Clip:
     """
 
     name: str
-    model: open_clip.CLIP
-    tokenizer: open_clip.SimpleTokenizer
+    model: open_clip.CLIP | open_clip.CustomTextCLIP
+    tokenizer: SimpleTokenizer | HFTokenizer
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: Callable[[Trunk], Trunk] | None = None
 
     @property
-    def visual(self) -> VisionTransformer:
-        """The vision tower, open_clip's own."""
+    def visual(self) -> Any:
+        """The vision tower: open_clip's VisionTransformer, or its TimmModel. `towers.view` reads both."""
         return self.model.visual
+
+    @property
+    def text(self) -> Any:
+        """What holds the text tower's parts, token_embedding and transformer among them."""
+        return getattr(self.model, "text", self.model)
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the vision tower."""
+        tower = view(self.visual)
+        return len(tower.blocks(tower.native))
 
     @property
     def patch(self) -> int:
         """Side of a patch in pixels."""
-        return self.visual.patch_size[0]
+        return view(self.visual).patch[0]
 
     @property
     def image_size(self) -> int:
@@ -60,8 +73,8 @@ class Clip:
 
     def knows(self, text: str) -> bool:
         """Whether every token of a text has an embedding; those that the bundled model never saw have none."""
-        tokens = torch.tensor(self.tokenizer.encode(text))
-        return bool(self.model.token_embedding.weight[tokens].any(dim=1).all())
+        tokens = torch.tensor(getattr(self.tokenizer, "tokenizer", self.tokenizer).encode(text))
+        return bool(self.text.token_embedding.weight[tokens].any(dim=1).all())
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
@@ -74,25 +87,43 @@ def load(name: str = "tiny", device: str | torch.device | None = None, dtype: to
     """A CLIP by name, frozen: on the GPU where there is one (device None), its weights float32 (dtype None).
 
     - "tiny": the bundled one; "tiny:PATH" another that `train_tiny.py` wrote, its .json beside it.
-    - "MODEL:TAG": any ViT of open_clip with its published weights, which are downloaded once. QuickGELU follows the
-      weights, whatever the model is called: "ViT-B-16:openai" is the same as "ViT-B-16-quickgelu:openai".
+    - "MODEL:TAG": any ViT of open_clip, its own or timm's (EVA, SigLIP, PE-Core), with its published weights, which are
+      downloaded once. QuickGELU follows the weights, whatever the model is called: "ViT-B-16:openai" is the same as
+      "ViT-B-16-quickgelu:openai". SigLIP's tokenizer needs the package transformers.
     - "MODEL:PATH": weights on disk (.safetensors; .pt or .bin without other objects; OpenAI's own TorchScript .pt),
       looked up from the working directory, then from `home()`. A file does not tell its activation, so here the MODEL
-      does: OpenAI, MetaCLIP and DFN weights want a name that ends in -quickgelu, LAION and DataComp one without.
+      does: OpenAI, MetaCLIP and DFN weights want a name that ends in -quickgelu, LAION and DataComp one without. Its
+      pixels are normalised as for the MODEL's first published weights.
 
     Raises ValueError for an unknown or unsupported model, for an unknown tag and for a checkpoint that cannot be read
     or does not fit; FileNotFoundError, which says what to fetch and where to put it, for weights that are not there.
     Without a network a download gives up after most of a minute; HF_HUB_OFFLINE=1 makes it do so at once.
     """
-    from open_clip import CLIP, SimpleTokenizer
+    from open_clip import CLIP, CustomTextCLIP
 
     config, path = (_tiny if name.partition(":")[0] == "tiny" else _open_clip)(name)
-    model = CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")})
+    parts = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    if config.get("custom_text"):
+        model = CustomTextCLIP(**parts, init_logit_bias=config.get("init_logit_bias"))
+    else:
+        model = CLIP(**parts)
     _fill(model, _read(path), name, path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().requires_grad_(False).to(device, dtype or torch.float32)
-    tokenizer = SimpleTokenizer(context_length=model.context_length)
+    tokenizer = _tokenizer(name, config["text_cfg"], model.context_length)
     return Clip(name, model, tokenizer, tuple(config["mean"]), tuple(config["std"]))
+
+
+def _tokenizer(name: str, config: dict, context: int) -> SimpleTokenizer | HFTokenizer:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    if not (source := config.get("hf_tokenizer_name")):
+        return SimpleTokenizer(context_length=context)
+    try:
+        return HFTokenizer(source, context, **config.get("tokenizer_kwargs", {}))
+    except (OSError, ValueError) as error:
+        hint = f"fetch it once with a network, or with HF_HUB_OFFLINE=0 ({_line(error)})"
+        raise FileNotFoundError(f"model {name!r} needs the tokenizer {source!r}, which is not there: {hint}") from None
 
 
 def _tiny(name: str) -> tuple[dict, Path]:
@@ -119,12 +150,12 @@ def _open_clip(name: str) -> tuple[dict, Path]:
         close = difflib.get_close_matches(model, open_clip.list_models()) or ["ViT-B-16-quickgelu"]
         raise ValueError(f"unknown model {model!r} in {name!r}: expected 'tiny' or one of open_clip's, such as {close}")
     if reason := _unfit(config):
-        raise ValueError(f"model {model!r} {reason}: expected a ViT with a CLS token, such as 'ViT-B-16-quickgelu'")
+        raise ValueError(f"model {model!r} {reason}: expected a plain ViT, such as 'ViT-B-16-quickgelu'")
     weights = open_clip.get_pretrained_cfg(model, tag)
     if weights:
         path = _fetch(model, tag, weights)
     elif found := _on_disk(tag):
-        weights, path = {"quick_gelu": config.get("quick_gelu", False)}, found
+        weights, path = {"quick_gelu": config.get("quick_gelu", False), **_published(model)}, found
     elif Path(tag).suffix:
         places = f"{Path(tag).expanduser().absolute()}, or below {home()}"
         raise FileNotFoundError(f"model {name!r} needs the weights {tag!r}, which are not there: expected {places}")
@@ -135,6 +166,15 @@ def _open_clip(name: str) -> tuple[dict, Path]:
     return {**config, "quick_gelu": False, **normalisation, **weights}, path
 
 
+def _published(model: str) -> dict:
+    """The normalisation of a model's first published weights, if it has any."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    first = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
+    return {key: first[key] for key in ("mean", "std") if key in first}
+
+
 def _on_disk(path: str) -> Path | None:
     """The file at a path from the working directory or else from `home()`, or nothing."""
     return next((file for file in (Path(path).expanduser(), home() / path) if file.is_file()), None)
@@ -142,15 +182,20 @@ def _on_disk(path: str) -> Path | None:
 
 def _unfit(config: dict) -> str:
     """Why the lab cannot read this architecture, or nothing."""
+    import timm
+
     vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision:
-        return f"has timm's vision tower {vision['timm_model_name']}"
-    if isinstance(vision["layers"], list):
+    if inner := vision.get("timm_model_name"):
+        if not timm.models.is_model_in_modules(inner, ["vision_transformer", "eva"]):
+            return f"has timm's vision tower {inner}, which is no plain ViT"
+    elif isinstance(vision["layers"], list):
         return "has a ResNet as vision tower"
-    if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
+    elif vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
         return "does not pool its patches by a CLS token"
-    if "hf_model_name" in text or "hf_tokenizer_name" in text:
-        return f"has a text tower or tokenizer of another library ({text['hf_tokenizer_name']})"
+    if "hf_model_name" in text:
+        return f"has a text tower of another library ({text['hf_model_name']})"
+    if "hf_tokenizer_name" in text and not find_spec("transformers"):
+        return f"has a tokenizer of the package transformers ({text['hf_tokenizer_name']}), which is not installed"
     return ""
 
 

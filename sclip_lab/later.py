@@ -4,7 +4,8 @@ Most of what followed SCLIP is an attention (here, or `qq`, `kk`, `vv` in `atten
 says which belong together. The details are those of the authors' released code, and agreement with what it answers is
 tested; what differs from it, or is left out, is said.
 
-Letters: b images, h heads, n tokens (CLS first), p = n - 1 patches, c width of a head, d width; i j grid of patches.
+Letters: b images, h heads, n tokens (CLS first, where there is one), p patches, c width of a head, d width; i j grid of
+patches.
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ def proxied(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Attentio
         logits = gamma * (cosines - beta * cosines.mean((1, 2), keepdim=True))
         # A patch keeps sight of itself, which β mean S > 1 would take from it, and all weights would be 0 / 0.
         hidden = (logits < 0) & ~torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        weights = F.pad(logits.masked_fill(hidden, -torch.inf).softmax(-1), (1, 0, 1, 0))
-        weights[:, 0, 0] = 1
+        weights = F.pad(logits.masked_fill(hidden, -torch.inf).softmax(-1), (site.prefix, 0, site.prefix, 0))
+        weights[:, : site.prefix, : site.prefix] = torch.eye(site.prefix)
         return weights[:, None].to(site.v.dtype)  # b 1 n n
 
     return attend
@@ -215,13 +216,14 @@ def repaired(clip: Clip) -> Clip:
 def _repaired(x: Tensor, grid: tuple[int, int], neighbours: int, contamination: float) -> Tensor:
     from sklearn.neighbors import LocalOutlierFactor  # takes a second
 
-    factor = LocalOutlierFactor(n_neighbors=min(neighbours, len(x) - 2), contamination=contamination)
-    sound = torch.from_numpy(factor.fit_predict(x[1:].float().cpu().numpy()) > 0).to(x.device).unflatten(0, grid)
-    maps = x[1:].mT.unflatten(-1, grid).float()  # d i j
+    factor = LocalOutlierFactor(n_neighbors=min(neighbours, grid[0] * grid[1] - 1), contamination=contamination)
+    front, patches = x.tensor_split([-grid[0] * grid[1]])
+    sound = torch.from_numpy(factor.fit_predict(patches.float().cpu().numpy()) > 0).to(x.device).unflatten(0, grid)
+    maps = patches.mT.unflatten(-1, grid).float()  # d i j
     around = F.conv2d(torch.cat([maps * sound, sound[None].float()])[:, None], maps.new_ones(1, 1, 3, 3), padding=1)
     total, count = around[:-1, 0], around[-1, 0]
     maps = torch.where(sound | (count == 0), maps, total / count.clamp_min(1))
-    return torch.cat([x[:1], maps.flatten(1).mT.to(x.dtype)])
+    return torch.cat([front, maps.flatten(1).mT.to(x.dtype)])
 
 
 def _pixels(site: Site) -> Tensor:
@@ -234,7 +236,7 @@ def _omega(site: Site, std: float) -> Tensor:
     """exp(-(Δi² + Δj²) / (2 std²)) between patches, 0 in the row and column of CLS: [n n], float32."""
     place = torch.cartesian_prod(*map(torch.arange, site.grid)).float()  # p 2
     near = torch.exp(-(place[:, None] - place).square().sum(-1) / (2 * std**2))  # p p
-    return F.pad(near, (1, 0, 1, 0)).to(site.k.device)
+    return F.pad(near, (site.prefix, 0, site.prefix, 0)).to(site.k.device)
 
 
 def _positive(name: str, std: float) -> None:

@@ -57,8 +57,8 @@ def scores(
 
 
 def cosines(tokens: Tensor, queries: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cosines [n q i j], float32, of tokens [n 1+i*j e], CLS left out, with unit text vectors `queries` [q e]."""
-    patches = nn.functional.normalize(tokens[:, 1:].float(), dim=-1)
+    """Cosines [n q i j], float32, of tokens [n t e], the patches last among them, with unit vectors [q e]."""
+    patches = nn.functional.normalize(tokens[:, -grid[0] * grid[1] :].float(), dim=-1)
     return (patches @ queries.float().T).mT.unflatten(-1, grid)
 
 

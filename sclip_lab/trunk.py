@@ -4,8 +4,8 @@
 mutated. A `Site` is what the attention of one block sees of it. `dense` re-reads the tower with another attention.
 Variants over one trunk share its sites, and so the projections q, k, v.
 
-Letters: b images, n tokens (CLS first, then patches row by row), d width, h heads, c width of a head, e CLIP's
-embedding.
+Letters: b images, n tokens (CLS first, where the tower has one, then patches row by row), d width, h heads, c width of
+a head, e CLIP's embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from sclip_lab.registry import Attention, canonical
 from sclip_lab.registry import attention as resolve
-
-if TYPE_CHECKING:
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from sclip_lab.towers import Tower, view
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +33,7 @@ class Site:
     the tower was shown, normalised, for attentions that ask another model.
     """
 
-    blocks: nn.ModuleList
+    blocks: Sequence[Any]
     stream: Tensor
     grid: tuple[int, int]
     below: tuple[Site, ...] = ()
@@ -47,9 +45,14 @@ class Site:
         return len(self.below)
 
     @property
-    def block(self) -> ResidualAttentionBlock:
-        """open_clip's block, ResidualAttentionBlock or CustomResidualAttentionBlock."""
+    def block(self) -> Any:
+        """open_clip's block, ResidualAttentionBlock or CustomResidualAttentionBlock, or timm's under the same names."""
         return self.blocks[self.layer]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: 1, CLS, in most towers, 0 in those that have none."""
+        return self.stream.shape[1] - math.prod(self.grid)
 
     def at(self, layer: int) -> Site:
         """The same place in another layer, this one or below, counted from 0, or from the end by negative numbers.
@@ -82,12 +85,12 @@ class Site:
 
     @property
     def q(self) -> Tensor:
-        """Queries [b h n c], normalised where the tower does so (qk norm, scaled cosine)."""
+        """Queries [b h n c], normalised and rotated where the tower does so (qk norm, scaled cosine, rope)."""
         return self._qkv[0]
 
     @property
     def k(self) -> Tensor:
-        """Keys [b h n c], normalised as the queries."""
+        """Keys [b h n c], normalised and rotated as the queries."""
         return self._qkv[1]
 
     @property
@@ -108,7 +111,7 @@ class Site:
 class Trunk:
     """A tower that has been run on a batch of images up to the entrance of its last block."""
 
-    visual: VisionTransformer
+    visual: nn.Module
     sites: tuple[Site, ...]
 
     def site(self, layer: int = -1) -> Site:
@@ -178,15 +181,16 @@ _READOUTS = {  # residual, mlp, beside
 }
 
 
-def encode(visual: VisionTransformer, pixels: Tensor) -> Trunk:
+def encode(visual: nn.Module, pixels: Tensor) -> Trunk:
     """Run every block but the last, once, on normalised pixels [b 3 H W], in the tower's dtype and on its device.
 
-    visual: open_clip's vision tower. Sides that are no multiple of the patch lose the remainder, as in CLIP's
-    patch convolution. Gradients flow where the caller has them on. Raises TypeError or ValueError, in one line, for
-    another tower or for unfit pixels.
+    visual: open_clip's vision tower, its own or timm's. Sides that are no multiple of the patch lose the remainder, as
+    in CLIP's patch convolution. Gradients flow where the caller has them on. Raises TypeError or ValueError, in one
+    line, for another tower or for unfit pixels.
     """
-    x, grid = _embed(visual, pixels)
-    site = Site(visual.transformer.resblocks, x, grid, pixels=pixels)
+    tower = view(visual)
+    x, grid = _embed(tower, pixels)
+    site = Site(tower.blocks(grid), x, grid, pixels=pixels)
     return Trunk(visual, _climb(site, {}))
 
 
@@ -197,6 +201,8 @@ def dense(
     layers: int | Sequence[int] = (-1,),
 ) -> Tensor:
     """CLIP-space tokens [b n e] under another attention: ln_post and projection on all, CLS first, not normalised.
+
+    What the projection is for a patch where CLS is not what pools them: see `towers`.
 
     attention: a spec ("csa") or a callable(site) -> weights broadcastable to [b h n n]. readout: what the LAST block
     keeps around it, a `Readout` or its key; blocks below stay whole. layers: where the attention takes its place,
@@ -218,7 +224,7 @@ def readings(
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
     last = len(trunk.sites) - 1
     first = trunk.sites[min(replaced, default=last)]
-    site, branch = None, None
+    site, branch, project = None, None, view(trunk.visual).project
     for readout in map(Readout.parse, readouts):
         if readout.beside:
             x = first.stream + readout.gain * sum(_branch(trunk.sites[layer], attend) for layer in replaced)
@@ -226,7 +232,7 @@ def readings(
             site = site or _climb(first, replaced)[-1]
             branch = _branch(site, replaced.get(last, _OWN)) if branch is None else branch
             x = _block(site, branch, readout)
-        yield trunk.visual.ln_post(x) @ trunk.visual.proj  # [b n e]
+        yield project(x)  # [b n e]
 
 
 _OWN = resolve("vanilla")
@@ -277,39 +283,36 @@ def _weights(site: Site, attend: Attention) -> Tensor:
     return weights.to(site.v.dtype).expand(*weights.shape[:-2], n, n)
 
 
-def _embed(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def _embed(tower: Tower, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """The stream that enters the first block [b n d], and the grid."""
-    _check(visual, pixels)
-    x = visual.conv1(pixels.to(visual.conv1.weight))  # [b d rows cols]
+    _check(tower, pixels)
+    x = tower.conv(pixels.to(tower.conv.weight))  # [b d rows cols]
     grid = (x.shape[2], x.shape[3])
-    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x.flatten(2).mT], dim=1)  # [b n d]
-    return visual.ln_pre(x + _positions(visual, grid).to(x.dtype)), grid
+    x = torch.cat([tower.front.to(x.dtype).expand(len(x), -1, -1), x.flatten(2).mT], dim=1)  # [b n d]
+    return tower.ln_pre(x + _positions(tower, grid).to(x.dtype)), grid
 
 
-def _positions(visual: VisionTransformer, grid: tuple[int, int]) -> Tensor:
+def _positions(tower: Tower, grid: tuple[int, int]) -> Tensor:
     """The tower's positional embedding for a grid of patches, [n d].
 
     SCLIP's authors (as DINO before them) interpolate bicubically, without antialiasing, by the SCALE FACTOR (n + 0.1) /
     native side per axis; the 0.1 enters the sampling coordinates, so asking for the size instead gives other values.
     They compare token counts and so take a 7x28 grid for the native 14x14; here rows and columns are compared.
     """
-    native = tuple(visual.grid_size)
-    if grid == native:
-        return visual.positional_embedding
-    cls, patches = visual.positional_embedding.split([1, native[0] * native[1]])
-    patches = patches.float().mT.unflatten(-1, native)[None]  # [1 d rows cols]
-    factors = [(side + 0.1) / own for side, own in zip(grid, native, strict=True)]
+    if grid == tower.native:
+        return tower.positions
+    front, patches = tower.positions.tensor_split([len(tower.front)])
+    patches = patches.float().mT.unflatten(-1, tower.native)[None]  # [1 d rows cols]
+    factors = [(side + 0.1) / own for side, own in zip(grid, tower.native, strict=True)]
     patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False)
-    return torch.cat([cls, patches[0].flatten(1).mT.to(cls.dtype)])
+    return torch.cat([front, patches[0].flatten(1).mT.to(front.dtype)])
 
 
-def _check(visual: VisionTransformer, pixels: Tensor) -> None:
-    if not hasattr(visual, "class_embedding") or getattr(visual, "attn_pool", None) is not None:
-        raise TypeError(f"visual is {type(visual).__name__}, expected open_clip's VisionTransformer, pooled by CLS")
+def _check(tower: Tower, pixels: Tensor) -> None:
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1] != 3:
         what = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
         raise ValueError(f"pixels are {what}, expected floats [b 3 H W], normalised by the model's mean and std")
-    rows, cols = visual.patch_size
+    rows, cols = tower.patch
     if pixels.shape[2] < rows or pixels.shape[3] < cols:
         raise ValueError(f"pixels are {list(pixels.shape)}, expected sides of at least one patch ({rows}x{cols})")
     if bad := int((~pixels.isfinite()).sum()):

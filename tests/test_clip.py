@@ -213,16 +213,30 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(name, advice, home, mo
         ("ViT-B-16", "no weights '' for model 'ViT-B-16'.*openai"),
         ("ViT-B-16:opena", "no weights 'opena' for model 'ViT-B-16'.*openai"),
         ("RN50:openai", "'RN50' has a ResNet as vision tower"),
-        ("ViT-B-16-SigLIP:webli", "'ViT-B-16-SigLIP' has timm's vision tower"),
+        ("convnext_base:laion400m_s13b_b51k", "'convnext_base' has timm's vision tower convnext_base.* no plain ViT"),
+        ("nllb-clip-base-siglip:v1", "'nllb-clip-base-siglip' has a text tower of another library"),
         ("coca_ViT-B-32:laion2b_s13b_b90k", "does not pool its patches by a CLS token"),
         ("ViT-L-14-CLIPA:datacomp1b", "does not pool its patches by a CLS token"),
-        ("roberta-ViT-B-32:laion2b_s12b_b32k", "text tower or tokenizer of another library"),
+        ("roberta-ViT-B-32:laion2b_s12b_b32k", "text tower of another library"),
     ],
 )
 def test_names_that_cannot_be_loaded_are_refused_in_one_line(name, message):
     with pytest.raises(ValueError, match=message) as error:
         load(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_library_is_asked_for_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("sclip_lab.clip.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'ViT-B-16-SigLIP' has a tokenizer of the package transformers .*SigLIP\)"):
+        load("ViT-B-16-SigLIP:webli")
+
+
+@pytest.mark.parametrize(
+    ("model_name", "mean"), [("ViT-B-16", open_clip.OPENAI_DATASET_MEAN), ("PE-Core-B-16", (0.5, 0.5, 0.5))]
+)
+def test_pixels_for_weights_on_disk_are_normalised_as_for_published_ones(model_name, mean, checkpoint):
+    assert _open_clip(f"{model_name}:{checkpoint}")[0]["mean"] == mean
 
 
 def test_a_path_where_nothing_is_says_where_it_was_looked_for(home):

@@ -53,20 +53,18 @@ def cubic(n, native):
     return matrix
 
 
-def positions(tower, grid):
-    """The tower's positional embedding for a grid, [n d], without torch."""
-    cls, patches = np.split(tower.positional_embedding.double().numpy(), [1])
-    rows, cols = (cubic(n, native) for n, native in zip(grid, tower.grid_size, strict=True))
-    if grid == tuple(tower.grid_size):
-        rows, cols = np.eye(grid[0]), np.eye(grid[1])
-    patches = np.einsum("rR,cC,RCd->rcd", rows, cols, patches.reshape(*tower.grid_size, -1))
-    return torch.from_numpy(np.concatenate([cls, patches.reshape(-1, patches.shape[-1])])).float()
+def positions(embedding, native, grid, front=1):
+    """A positional embedding [front+p d] for another grid than its native one, [n d], without torch."""
+    ahead, patches = np.split(embedding.double().numpy(), [front])
+    rows, cols = (np.eye(n) if grid == native else cubic(n, own) for n, own in zip(grid, native, strict=True))
+    patches = np.einsum("rR,cC,RCd->rcd", rows, cols, patches.reshape(*native, -1))
+    return torch.from_numpy(np.concatenate([ahead, patches.reshape(-1, patches.shape[-1])])).float()
 
 
 def own_tokens(tower, pixels, grid):
     """What the untouched tower says of every token, [b n e], its positional embedding put in by hand."""
     copied = copy.deepcopy(tower)
-    copied.positional_embedding = torch.nn.Parameter(positions(tower, grid))
+    copied.positional_embedding = torch.nn.Parameter(positions(tower.positional_embedding, tower.grid_size, grid))
     cls, patches = copied(pixels)
     return torch.cat([cls[:, None], patches @ copied.proj], dim=1)
 
@@ -90,7 +88,7 @@ def test_the_reference_tower_reads_itself_too(visual, pixels):
 
 def test_positions_are_not_those_of_asking_for_a_size(visual):
     """The rule that is tested above is the authors', and it shows: the 0.1 changes the result."""
-    by_factor = positions(visual, (13, 14))[1:]
+    by_factor = positions(visual.positional_embedding, (14, 14), (13, 14))[1:]
     patches = visual.positional_embedding[1:].mT.unflatten(-1, (14, 14))[None]
     by_size = torch.nn.functional.interpolate(patches, size=(13, 14), mode="bicubic")[0].flatten(1).mT
     assert (by_factor - by_size).norm() / by_factor.norm() > 0.03

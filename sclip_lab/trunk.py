@@ -224,14 +224,14 @@ def readings(
     replaced = {trunk.site(layer).layer: attend for layer in ([layers] if isinstance(layers, int) else layers)}
     last = len(trunk.sites) - 1
     first = trunk.sites[min(replaced, default=last)]
-    site, branch, project = None, None, view(trunk.visual).project
+    site, out, project = None, None, view(trunk.visual).project
     for readout in map(Readout.parse, readouts):
         if readout.beside:
-            x = first.stream + readout.gain * sum(_branch(trunk.sites[layer], attend) for layer in replaced)
+            x = first.stream + readout.gain * sum(branch(trunk.sites[layer], attend) for layer in replaced)
         else:
             site = site or _climb(first, replaced)[-1]
-            branch = _branch(site, replaced.get(last, _OWN)) if branch is None else branch
-            x = _block(site, branch, readout)
+            out = branch(site, replaced.get(last, _OWN)) if out is None else out
+            x = _block(site, out, readout)
         yield project(x)  # [b n e]
 
 
@@ -242,26 +242,25 @@ def _climb(site: Site, replaced: dict[int, Attention]) -> tuple[Site, ...]:
     """The sites up to the last layer: those below `site`, itself, and those that its stream leads to."""
     while site.layer < len(site.blocks) - 1:
         attend = replaced.get(site.layer)
-        x = _block(site, _branch(site, attend), Readout()) if attend else site.block(site.stream)
+        x = _block(site, branch(site, attend), Readout()) if attend else site.block(site.stream)
         site = Site(site.blocks, x, site.grid, (*site.below, site), site.pixels)
     return (*site.below, site)
 
 
-def _block(site: Site, branch: Tensor, readout: Readout) -> Tensor:
-    """What a block adds up to, [b n d], with `branch` in the place of its attention's."""
-    out = readout.gain * branch
-    x = site.stream + out if readout.residual else out
+def _block(site: Site, out: Tensor, readout: Readout) -> Tensor:
+    """What a block adds up to, [b n d], with `out` in the place of its attention's branch."""
+    x = site.stream + readout.gain * out if readout.residual else readout.gain * out
     return x + site.block.ls_2(site.block.mlp(site.block.ln_2(x))) if readout.mlp else x
 
 
-def _branch(site: Site, attend: Attention) -> Tensor:
-    """The attention branch of a block, [b n d], before its residual."""
-    block, attention = site.block, site.block.attn
-    out = _weights(site, attend) @ site.v  # [b h n c]
-    if getattr(attention, "head_scale", None) is not None:
-        out = out * attention.head_scale
+def branch(site: Site, attention: str | Attention = "vanilla") -> Tensor:
+    """The attention branch of a block under an attention, [b n d], before its residual."""
+    block, own = site.block, site.block.attn
+    out = _weights(site, resolve(attention)) @ site.v  # [b h n c]
+    if getattr(own, "head_scale", None) is not None:
+        out = out * own.head_scale
     out = out.transpose(1, 2).flatten(2)  # [b n d]
-    out = attention.out_proj(_maybe(attention, "ln_inner")(out))
+    out = own.out_proj(_maybe(own, "ln_inner")(out))
     return block.ls_1(_maybe(block, "ln_attn")(out))
 
 

@@ -11,7 +11,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 
 from sclip_lab.attention import affinity
 from sclip_lab.registry import attention
-from sclip_lab.trunk import Readout, dense, encode
+from sclip_lab.trunk import Readout, branch, dense, encode
 
 GRIDS = {"native": (4, 4), "wide": (3, 7), "large": (9, 6), "as many patches as native": (2, 8), "one patch": (1, 1)}
 TOWERS = {
@@ -129,6 +129,14 @@ def test_the_readout_is_what_the_last_block_keeps(visual, pixels, key, residual,
     expected = visual.ln_post(x) @ visual.proj
     for readout in (key, Readout(bool(residual), bool(mlp), gain)):
         torch.testing.assert_close(dense(trunk, "vanilla", readout), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_branch_is_what_the_attention_of_a_block_adds(visual, pixels, layer):
+    site = encode(visual, pixels).site(layer)
+    block = visual.transformer.resblocks[layer]
+    expected = block.attention(block.ln_1(site.stream))
+    torch.testing.assert_close(branch(site), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_below_the_last_stay_whole_under_any_readout(visual, pixels):

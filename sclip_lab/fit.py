@@ -137,7 +137,7 @@ def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protoco
         streams.append(trunk.site().stream)
         truths.append(window_labels(truth, protocol, trunk.grid))
     if broken:
-        warnings.warn(f"pictures left out, {len(broken)} in all: {'; '.join(broken):.2000}", stacklevel=3)
+        warnings.warn(f"pictures left out, {len(broken)} in all: {'; '.join(broken):.2000}", stacklevel=4)
     if not streams:
         raise ValueError(f"no picture of {dataset.name!r} is left to learn from: expected whole files")
     stream, labels = torch.cat(streams), torch.cat(truths).to(streams[0].device)

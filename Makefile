@@ -15,7 +15,7 @@ notebooks: $(READY) ## Execute copies of all notebooks into build/ (ONLY=00: tha
 	@$(if $(FRESH),SCLIP_RESULTS=build/results )$(RUN) notebooks/$(ONLY)*.ipynb
 
 refresh: $(READY) ## Execute the notebooks and renew the committed ones (FRESH=1: and the stored results of theirs)
-	@$(if $(FRESH),rm -f $(foreach kind,parquet safetensors,data/results/$(or $(ONLY),[0-9])*.$(kind)))
+	@$(if $(FRESH),rm -rf $(foreach kind,parquet safetensors pieces,data/results/$(or $(ONLY),[0-9])*.$(kind)))
 	@$(RUN) --refresh notebooks/$(ONLY)*.ipynb
 
 figures: notebooks ## Draw figures/ anew, which the notebooks do, and list them

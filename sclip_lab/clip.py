@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,11 @@ class Clip:
         return self.visual.image_size[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.logit_scale.device
+
+    @property
     def context(self) -> int:
         """Tokens that a text may have, start and end included; the tokenizer cuts longer ones."""
         return self.model.context_length
@@ -79,8 +85,11 @@ class Clip:
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """Texts -> unit vectors [n e], in one batch."""
-        tokens = self.tokenizer(texts).to(self.model.logit_scale.device)  # [n context]
+        tokens = self.tokenizer(texts).to(self.device)  # [n context]
         return self.model.encode_text(tokens, normalize=True)
+
+
+DTYPES = {"@bfloat16": torch.bfloat16, "@float16": torch.float16}
 
 
 def load(name: str = "tiny", device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Clip:
@@ -94,6 +103,7 @@ def load(name: str = "tiny", device: str | torch.device | None = None, dtype: to
       looked up from the working directory, then from `home()`. A file does not tell its activation, so here the MODEL
       does: OpenAI, MetaCLIP and DFN weights want a name that ends in -quickgelu, LAION and DataComp one without. Its
       pixels are normalised as for the MODEL's first published weights.
+    - "NAME@bfloat16", "NAME@float16": the same in that precision, as by `dtype`. Results are kept under that name.
 
     Raises ValueError for an unknown or unsupported model, for an unknown tag and for a checkpoint that cannot be read
     or does not fit; FileNotFoundError, which says what to fetch and where to put it, for weights that are not there.
@@ -101,6 +111,8 @@ def load(name: str = "tiny", device: str | torch.device | None = None, dtype: to
     """
     from open_clip import CLIP, CustomTextCLIP
 
+    name, half = next(((name.removesuffix(end), end) for end in DTYPES if name.endswith(end)), (name, ""))
+    half = half or next((end for end, known in DTYPES.items() if known == dtype), "")
     config, path = (_tiny if name.partition(":")[0] == "tiny" else _open_clip)(name)
     parts = {key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
     if config.get("custom_text"):
@@ -109,9 +121,15 @@ def load(name: str = "tiny", device: str | torch.device | None = None, dtype: to
         model = CLIP(**parts)
     _fill(model, _read(path), name, path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().requires_grad_(False).to(device, dtype or torch.float32)
+    model = model.eval().requires_grad_(False).to(device, DTYPES.get(half, dtype or torch.float32))
     tokenizer = _tokenizer(name, config["text_cfg"], model.context_length)
-    return Clip(name, model, tokenizer, tuple(config["mean"]), tuple(config["std"]))
+    return Clip(name + half, model, tokenizer, tuple(config["mean"]), tuple(config["std"]))
+
+
+@lru_cache(maxsize=2)
+def loaded(name: str, device: str | torch.device | None = None) -> Clip:
+    """`load`, which keeps the last models for the next call."""
+    return load(name, device)
 
 
 def _tokenizer(name: str, config: dict, context: int) -> SimpleTokenizer | HFTokenizer:

@@ -23,12 +23,12 @@ from sclip_lab.clip import Clip
 from sclip_lab.datasets import BrokenImage, Dataset
 from sclip_lab.files import replacing, results
 from sclip_lab.metrics import IGNORE, miou, multiplicities
+from sclip_lab.parallel import side_by_side
 from sclip_lab.protocol import Protocol, window_labels
 from sclip_lab.registry import Attention, attention, base, canonical
 from sclip_lab.segment import trunk_of
 from sclip_lab.store import CELL, EVERY
 from sclip_lab.summary import stacked
-from sclip_lab.sweep import side_by_side
 from sclip_lab.trunk import Site
 
 KEYS = ["model", "dataset", "protocol", "attention", "image"]

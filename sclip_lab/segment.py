@@ -8,7 +8,6 @@ Letters: H W image, n windows, q queries, i j patch grid of a window, e embeddin
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sclip_lab.clip import Clip, load
+from sclip_lab.clip import Clip, loaded
 from sclip_lab.files import replacing
 from sclip_lab.images import MEAN, STD, Source, pixels, read
 from sclip_lab.label import Labelling
@@ -129,7 +128,7 @@ def segment(
     what these raise: one line, the offending value and what was expected.
     """
     picture = read(image)
-    clip = model if isinstance(model, Clip) else _loaded(model, device)
+    clip = model if isinstance(model, Clip) else loaded(model, device)
     protocol, labelling = protocol or Protocol.for_image_size(clip.image_size), labelling or Labelling()
     words = embed(clip, classes, templates)
     trunk = trunk_of(clip.visual, picture, protocol, clip.mean, clip.std, clip.step)
@@ -138,8 +137,3 @@ def segment(
     if refine:
         found = refine(picture, protocol, clip.mean, clip.std)(stitch(own, protocol, picture.shape[:2]))
     return Segmentation(labelling(found, words.query_class).cpu().numpy(), words.names, picture)
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str, device: str | torch.device | None) -> Clip:
-    return load(name, device)

@@ -2,15 +2,22 @@
 
 A table of counts is tidy: one row per cell of the grid (CELL), image and class, with pixel counts (COUNTS). Text
 columns are categories, since they repeat.
+
+What a sweep measures is added in pieces, files of their own beside the table, which become part of it when the sweep
+ends. A piece is there as a whole or not at all, and its rows are in the table or in the piece: whenever a sweep is
+killed, at most EVERY seconds of its work are lost. Nor do two sweeps that write to the same table hinder each other.
 """
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
 from time import monotonic
 from types import TracebackType
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from pandas.api.types import union_categoricals
 
 from sclip_lab.files import replacing
@@ -19,6 +26,7 @@ CELL = ["model", "dataset", "protocol", "labelling", "attention", "readout", "la
 COUNTS = ["intersection", "predicted", "true"]
 HEAD = [*CELL, "image"]
 TEXT = [*HEAD, "class"]
+PIECE = "[!.]*.parquet"  # hidden ones are being written
 EVERY = 20.0  # seconds of work that a kill may cost
 
 Head = tuple[str, ...]  # the values of HEAD
@@ -26,7 +34,7 @@ Record = tuple[Head, list[str], np.ndarray]  # class names, counts [classes 3]
 
 
 class Store:
-    """The table in a file, which grows by `add` and is written every so often and at the end of a `with` block.
+    """The table in a file, which grows by `add`, by a piece every so often and as a whole at the end of a `with` block.
 
     Its rows are kept in the order of their text, so that the file doesn't tell in how many sittings it was made.
     `path` None keeps the table in memory only.
@@ -34,11 +42,17 @@ class Store:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.frame = read(path) if path and path.is_file() else tidy([])
+        self._frames = _parts(path) if path else []
         heads = self.frame[HEAD].drop_duplicates().astype(str)
         self.heads: set[Head] = set(heads.itertuples(index=False, name=None))
         self._new: list[Record] = []
         self._written = monotonic()
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """All that is known, but for what was added since the last `write`."""
+        self._frames = [_joined(self._frames)]
+        return self._frames[0]
 
     def add(self, records: list[Record]) -> None:
         """Take up records, in one go, so that what is known of an image is whole."""
@@ -48,25 +62,64 @@ class Store:
             self.write()
 
     def write(self) -> None:
-        """Bring the file up to date."""
+        """Put what is new on disk, as a piece. Raises OSError, in one line, where the disk does not take it."""
         if self._new:
-            self.frame, self._new = _joined(self.frame, tidy(self._new)).sort_values(TEXT, ignore_index=True), []
+            piece, self._new = tidy(self._new), []
+            self._frames.append(piece)
             if self.path:
-                with replacing(self.path) as temporary:
-                    self.frame.to_parquet(temporary, index=False, compression="zstd")
+                _save(piece, _folder(self.path) / f"{uuid4().hex}.parquet")
         self._written = monotonic()
+
+    def merge(self) -> None:
+        """Make the pieces part of the table, those of other sweeps too."""
+        if self.path and (folder := _folder(self.path)).is_dir():
+            with FileLock(folder / "lock"):
+                pieces = sorted(folder.glob(PIECE))
+                _save(_joined(_parts(self.path)), self.path)
+                for piece in pieces:
+                    piece.unlink()
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.write()
+        with suppress(OSError) if error else nullcontext():  # which would hide what ended the sweep
+            self.write()
+            self.merge()
+
+
+def _folder(path: Path) -> Path:
+    """Where the pieces of a table are."""
+    return path.with_suffix(".pieces")
+
+
+def _parts(path: Path) -> list[pd.DataFrame]:
+    """The table and its pieces, as far as they are there."""
+    while True:
+        pieces = sorted(_folder(path).glob(PIECE))  # first: they may become part of the table at any moment
+        try:
+            return [read(part) for part in ([path] if path.is_file() else []) + pieces]
+        except FileNotFoundError:
+            continue
+
+
+def _save(frame: pd.DataFrame, path: Path) -> None:
+    try:
+        with replacing(path) as temporary:
+            frame.to_parquet(temporary, index=False, compression="zstd")
+    except OSError as error:
+        why = shorten(str(error), 120)
+        raise OSError(
+            f"counts cannot be written to {path} ({why}): make room, the sweep goes on where it was"
+        ) from None
 
 
 def read(path: Path) -> pd.DataFrame:
     """The table in a file. Raises ValueError, in one line, for a file that holds another."""
     try:
         frame = pd.read_parquet(path)[TEXT + COUNTS]
+    except FileNotFoundError:
+        raise
     except (OSError, KeyError, ValueError) as error:
         expected = f"expected the counts of a sweep ({', '.join(TEXT + COUNTS)}): move it away to measure anew"
         raise ValueError(f"{path} cannot be read ({shorten(str(error), 80)}), {expected}") from None
@@ -83,6 +136,9 @@ def tidy(records: list[Record]) -> pd.DataFrame:
     return frame.astype("category").assign(**dict(zip(COUNTS, counts.T, strict=True)))
 
 
-def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    text = {name: union_categoricals([first[name], second[name]], sort_categories=True) for name in TEXT}
-    return pd.DataFrame(text | {name: np.concatenate([first[name], second[name]]) for name in COUNTS})
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table of many, in the order of its text; what two of them have measured is in it once."""
+    frames = frames or [tidy([])]
+    text = {name: union_categoricals([frame[name] for frame in frames], sort_categories=True) for name in TEXT}
+    counts = {name: np.concatenate([frame[name] for frame in frames]) for name in COUNTS}
+    return pd.DataFrame(text | counts).drop_duplicates(TEXT).sort_values(TEXT, ignore_index=True)

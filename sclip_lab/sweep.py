@@ -1,41 +1,29 @@
 """Grids of experiments: pixel counts per image and class.
 
 A sweep runs the tower once per image and protocol, and shares it among all attentions, read-outs, layers and
-vocabularies. Its rows are counts, not IoUs: they add up over images and sittings, and every mean and interval is
-derived from them later (`summary`).
+vocabularies (`measure`). Its rows are counts, not IoUs: they add up over images, sittings and machines, and every mean
+and interval is derived from them later (`summary`).
 """
 
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from sclip_lab.clip import Clip, load
 from sclip_lab.datasets import BrokenImage, Dataset, load_dataset
 from sclip_lab.files import results
-from sclip_lab.metrics import counts
-from sclip_lab.protocol import Protocol, Stitched, stitch
+from sclip_lab.measure import Asked, Cell, Layers, Measurement
+from sclip_lab.parallel import in_shards, progress
+from sclip_lab.protocol import Protocol
 from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention, attention, canonical
-from sclip_lab.segment import cosines, trunk_of
-from sclip_lab.store import HEAD, TEXT, Head, Record, Store
-from sclip_lab.text import Queries, queries
-from sclip_lab.trunk import Readout, readings
-
-Layers = tuple[int, ...]
-Variant = tuple[Attention, Readout, Layers, Refiner | None]
-Asked = tuple[Dataset, Queries]
-Missing = dict[str, list[tuple[Variant, list[Asked]]]]  # of each picture
-Result = TypeVar("Result")
+from sclip_lab.store import HEAD, TEXT, Head, Store
+from sclip_lab.text import queries
+from sclip_lab.trunk import Readout
 
 
 def sweep(
@@ -49,6 +37,7 @@ def sweep(
     store: str | None = None,
     strict: bool = False,
     refiners: Refiner | Iterable[Refiner | None] | None = None,
+    n_jobs: int | None = None,
 ) -> pd.DataFrame:
     """Every combination of the arguments on every image: one row per cell, image and class, with pixel counts.
 
@@ -73,23 +62,30 @@ def sweep(
     broken: list[BrokenImage] = []
     with Store(results() / f"{store}.parquet" if store else None) as table:
         for protocol, group in _sharing(asked, _listed(protocols) if protocols else [], clip):
-            missing: Missing = {}
-            for key, each in product(group[0][0].keys, variants):
-                heads = {_head(clip, one, protocol, each, key): one for one in group}
-                if lacking := [one for head, one in heads.items() if head not in table.heads and head not in wanted]:
-                    missing.setdefault(key, []).append((each, lacking))
-                wanted |= dict.fromkeys(heads)
-            measure = partial(_measure, clip, protocol, missing, strict)
-            found = side_by_side(measure, missing, f"{group[0][0].pictures} {protocol}")
-            for records in found:
-                if isinstance(records, list):
-                    table.add(records)
-                else:
-                    broken.append(records)
+            whole = Measurement.of(
+                clip if n_jobs is None else model, clip.name, protocol, product(variants, group), strict
+            )
+            about = f"{group[0][0].pictures} {protocol}"
+            for part, keys in _lacking(whole, group[0][0].keys, table.heads | wanted.keys()):
+                found = part.run(keys) if n_jobs is None else in_shards(part.shard, keys, n_jobs)
+                for records in progress(found, about, len(keys)):
+                    if isinstance(records, list):
+                        table.add(records)
+                    else:
+                        broken.append(records)
+            wanted |= dict.fromkeys((*cell, key) for key in group[0][0].keys for cell in whole.cells)
     if broken:
-        named = "; ".join(map(str, broken))
+        named = "; ".join(sorted(map(str, broken)))
         warnings.warn(f"pictures left out, {len(broken)} in all: {named:.2000}", stacklevel=2)
     return _rows(table.frame, list(wanted))
+
+
+def _lacking(whole: Measurement, keys: Sequence[str], known: Collection[Head]) -> list[tuple[Measurement, list[str]]]:
+    """What is not known yet: measurements of the cells that the same pictures lack, and these pictures."""
+    lacking: dict[tuple[Cell, ...], list[str]] = {}
+    for key in keys:
+        lacking.setdefault(tuple(cell for cell in whole.cells if (*cell, key) not in known), []).append(key)
+    return [(whole.only(cells), keys) for cells, keys in lacking.items() if cells]
 
 
 def _named(attentions: Any) -> list[Attention]:
@@ -119,65 +115,6 @@ def _sharing(asked: list[Asked], protocols: Sequence[Protocol], clip: Clip) -> l
     for protocol, one in each:
         groups.setdefault((protocol, one[0].pictures, one[0].keys), []).append(one)
     return [(protocol, group) for (protocol, *_), group in groups.items()]
-
-
-def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: str) -> Iterator[Result]:
-    """What `work` makes of each key, in their order, with a progress bar: as many at a time as torch has threads.
-
-    Each has one thread for itself: what follows from one picture is too small to be shared among threads, which wait
-    for one another, for long where the machine is busy. Nor do results then depend on the number of threads.
-    """
-    threads, one = torch.get_num_threads(), partial(torch.set_num_threads, 1)
-    one()
-    try:
-        with ThreadPoolExecutor(threads, initializer=one) as pool:
-            results = pool.map(work, keys)
-            yield from tqdm(results, about, len(keys), unit="image", file=sys.stdout, disable=not keys)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def _measure(clip: Clip, protocol: Protocol, missing: Missing, strict: bool, key: str) -> list[Record] | BrokenImage:
-    """One record per variant and dataset that lack one of the picture `key`, or what is wrong with its files."""
-    variants, records = missing[key], []
-    sets = {dataset.name: dataset for _, group in variants for dataset, _ in group}
-    try:
-        pairs = {name: dataset.read(key) for name, dataset in sets.items()}
-    except BrokenImage as error:
-        if strict:  # raised here, it ends the pictures that wait, too
-            raise
-        return error
-    image, truths = next(iter(pairs.values()))[0], {name: truth for name, (_, truth) in pairs.items()}
-    trunk = trunk_of(clip.visual, image, protocol, clip.mean, clip.std, clip.step)
-    refined = {refine: refine(image, protocol, clip.mean, clip.std) for (*_, refine), _ in variants if refine}
-    sharing: dict[tuple[Attention, Layers], list[tuple[Variant, list[Asked]]]] = {}
-    for variant, group in variants:
-        sharing.setdefault((variant[0], variant[2]), []).append((variant, group))
-    for (attend, layers), read in sharing.items():
-        every = readings(trunk, attend, [readout for (_, readout, *_), _ in read], layers)
-        for (variant, group), tokens in zip(read, every, strict=True):
-            vectors = torch.cat([words.vectors for _, words in group])
-            scores = cosines(tokens, vectors, trunk.grid)
-            if not scores.isfinite().all():
-                raise ValueError(f"attention {canonical(attend)} makes NaN or infinite features of picture {key!r}")
-            parts = scores.split([len(words.vectors) for _, words in group], dim=1)
-            for (dataset, words), part in zip(group, parts, strict=True):
-                logits: Tensor | Stitched = Stitched(part, protocol, image.shape[:2])
-                if refine := variant[-1]:
-                    logits = refined[refine](stitch(part, protocol, image.shape[:2]))
-                labels = dataset.labelling(logits, words.query_class)
-                head = _head(clip, (dataset, words), protocol, variant, key)
-                records.append((head, words.names, counts(labels, truths[dataset.name], len(words.names))))
-    return records
-
-
-def _head(clip: Clip, asked: Asked, protocol: Protocol, variant: Variant, key: str) -> Head:
-    dataset, (attend, readout, layers, refine) = asked[0], variant
-    place = ",".join(map(str, layers))
-    labelling = f"{dataset.labelling}+{refine}" if refine else dataset.labelling
-    cell = (clip.name, dataset.name, protocol, labelling, canonical(attend), readout, place)
-    return (*map(str, cell), key)
 
 
 def _rows(frame: pd.DataFrame, wanted: list[Head]) -> pd.DataFrame:

@@ -35,6 +35,10 @@ class Queries:
     query_class: Tensor
     names: list[str]
 
+    def to(self, device: str | torch.device) -> "Queries":
+        """The same on a device."""
+        return Queries(self.vectors.to(device), self.query_class.to(device), self.names)
+
 
 def queries(
     clip: "Clip", classes: Sequence[str] | str | PathLike[str], templates: Sequence[str] | None = None
@@ -129,7 +133,7 @@ def _on_disk(path: Path, device: str | torch.device) -> dict[str, Tensor]:
 
 def _fingerprint(clip: "Clip", templates: tuple[str, ...]) -> str:
     """What vectors depend on but for the word: the text tower's architecture and weights, and the templates."""
-    architecture = clip.name.partition(":")[0], str(clip.model.transformer)
+    architecture = clip.name.partition(":")[0], str(clip.text.transformer)
     digest = blake2b(repr((architecture, templates)).encode(), digest_size=12)
     for name, tensor in clip.model.state_dict().items():
         if not name.startswith("visual."):

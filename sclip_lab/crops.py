@@ -1,0 +1,83 @@
+"""Pictures to learn from: crops, mirrored and resized at random, as mmsegmentation's recipes have them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from sclip_lab.datasets import Dataset
+from sclip_lab.images import MEAN
+from sclip_lab.metrics import IGNORE
+
+KEPT = 512  # pictures of a dataset that are kept in memory, where it has no more
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """Endless augmented crops of a dataset, numbered: images uint8 [H W 3] and truth uint8 [H W], `crop` pixels square.
+
+    A picture is resized to a short side of `short_side` times a factor from `scales`, cut where no class fills more
+    than three quarters (ten tries), padded by mean grey and void where it is too small, and mirrored at random; then
+    `distort` changes its colours. `hide`, such as `Split.inductive`, is applied to labels before anything looks at
+    them. Crop i depends on (seed, i) alone; every picture is seen once before any is seen again. Pictures of small
+    datasets are kept in memory. Raises ValueError for a split that is for evaluation.
+    """
+
+    dataset: Dataset
+    hide: Callable[[np.ndarray], np.ndarray]
+    short_side: int = 512
+    crop: int = 512
+    scales: tuple[float, float] = (0.5, 2.0)
+    distort: Callable[[np.random.RandomState, np.ndarray], np.ndarray] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset.split != "train":
+            raise ValueError(f"{self.dataset.name!r} is for evaluation: expected load_dataset(..., split='train')")
+        if len(self.dataset.keys) <= KEPT:
+            kept = replace(self.dataset, read=lru_cache(KEPT)(self.dataset.read))
+            object.__setattr__(self, "dataset", kept)  # frozen for all others
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, place = divmod(index, len(self.dataset.keys))
+        order = np.random.RandomState([self.seed, epoch]).permutation(len(self.dataset.keys))
+        rng = np.random.RandomState([self.seed, index, 1])
+        image, truth = self.dataset.read(self.dataset.keys[order[place]])
+        image, truth = self._cut(rng, *self._resized(rng, image, self.hide(truth)))
+        if rng.uniform() < 0.5:
+            image, truth = image[:, ::-1], truth[:, ::-1]
+        image = self.distort(rng, image) if self.distort else image
+        return np.ascontiguousarray(image), np.ascontiguousarray(truth)
+
+    def _resized(self, rng: np.random.RandomState, image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
+        factor = self.short_side * rng.uniform(*self.scales) / min(truth.shape)
+        size = [round(side * factor) for side in reversed(truth.shape)]
+        short = [max(self.crop - side, 0) for side in reversed(size)]  # rows and columns that are missing
+        edges = (0, short[0], 0, short[1], cv2.BORDER_CONSTANT)
+        image = cv2.copyMakeBorder(cv2.resize(image, size), *edges, value=[255 * grey for grey in MEAN])
+        truth = cv2.copyMakeBorder(cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST), *edges, value=IGNORE)
+        return image, truth
+
+    def _cut(self, rng: np.random.RandomState, image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
+        for _ in range(10):
+            top, left = (rng.randint(side - self.crop + 1) for side in truth.shape)
+            window = np.s_[top : top + self.crop, left : left + self.crop]
+            areas = np.bincount(truth[window].ravel(), minlength=IGNORE + 1)[:IGNORE]
+            if areas.max() < 0.75 * areas.sum():
+                break
+        return image[window], truth[window]
+
+
+def photometric(rng: np.random.RandomState, image: np.ndarray) -> np.ndarray:
+    """Change brightness by up to 32, contrast and saturation by a half, hue by 36 degrees, each in every other picture.
+
+    As mmsegmentation's PhotoMetricDistortion, but for its order of contrast and colour, which is random.
+    """
+    bounds = ((-32, 32, 0), (0.5, 1.5, 1), (0.5, 1.5, 1), (-18, 18, 0))
+    shift, gain, saturation, hue = (rng.uniform(low, high) if rng.rand() < 0.5 else off for low, high, off in bounds)
+    hsv = cv2.cvtColor(np.clip((image + shift) * gain, 0, 255).astype(np.uint8), cv2.COLOR_RGB2HSV).astype(np.float32)
+    hsv[..., 0] = (hsv[..., 0] + hue) % 180
+    hsv[..., 1] = np.minimum(hsv[..., 1] * saturation, 255)
+    return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+import torch
 
 from sclip_lab.datasets import Dataset
 from sclip_lab.images import MEAN
@@ -15,7 +16,7 @@ KEPT = 512  # pictures of a dataset that are kept in memory, where it has no mor
 
 
 @dataclass(frozen=True, eq=False)
-class Crops:
+class Crops(torch.utils.data.Dataset):
     """Endless augmented crops of a dataset, numbered: images uint8 [H W 3] and truth uint8 [H W], `crop` pixels square.
 
     A picture is resized to a short side of `short_side` times a factor from `scales`, cut where no class fills more

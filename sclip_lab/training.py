@@ -178,6 +178,22 @@ def own_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def live(every: int = 20) -> Callable[[list[float]], None]:
+    """A `watch` for notebooks: one picture of the losses so far, drawn anew every so many steps."""
+    from IPython.display import display
+    from matplotlib.figure import Figure
+
+    shown = display("", display_id=True)
+
+    def draw(losses: list[float]) -> None:
+        if len(losses) % every == 0:
+            figure = Figure(figsize=(6, 2))
+            figure.add_subplot(xlabel="step", ylabel="loss", yscale="log").plot(losses, linewidth=1)
+            shown.update(figure)
+
+    return draw
+
+
 def restore(module: nn.Module, checkpoint: Path) -> None:
     """Put the weights of a checkpoint into a module of the same kind, in eval mode."""
     with safe_open(checkpoint, "pt") as file:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sclip_lab.training import Schedule, restore, train
+from sclip_lab.training import Schedule, live, restore, train
 
 SHORT = Schedule(steps=8, batch=3, rate=0.01, warm_up=2)
 
@@ -187,6 +188,14 @@ def test_fp16_goes_on_with_its_scale(tmp_path: Path) -> None:
         train(broken, objective, Numbered(), schedule, checkpoint=tmp_path / "a.safetensors", every=2, watch=killed)
     train(resumed, objective, Numbered(), schedule, checkpoint=tmp_path / "a.safetensors")
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_live_curve_is_one_picture_of_the_losses_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    handle = type("Handle", (), {"update": lambda self, figure: drawn.append(figure)})()
+    monkeypatch.setattr("IPython.display.display", lambda *_, display_id: handle)
+    losses = train(network(), objective, Numbered(), SHORT, watch=live(every=4))
+    assert [list(figure.axes[0].lines[0].get_ydata()) for figure in drawn] == [list(losses[:4]), list(losses)]
 
 
 PARALLEL = """

@@ -110,9 +110,11 @@ def _embedded(clip: "Clip", words: list[str], templates: tuple[str, ...]) -> dic
     if not known.keys() >= set(words):
         path = cache() / "text" / f"{_fingerprint(clip, templates)}.safetensors"
         known |= _on_disk(path, clip.model.logit_scale.device)
-        if missing := [word for word in words if word not in known]:
-            bar = tqdm(missing, f"words for {clip.name}", unit="word", disable=None, delay=3)
-            known |= {word: _embed(clip, word, templates) for word in bar}
+        missing = [word for word in words if word not in known]
+        try:
+            for word in tqdm(missing, f"words for {clip.name}", unit="word", disable=None, delay=3):
+                known[word] = _embed(clip, word, templates)
+        finally:
             # Words that another process has added meanwhile are kept. A disk that takes nothing costs only time.
             with suppress(OSError), replacing(path) as temporary:
                 save_file(_on_disk(path, "cpu") | {word: vector.cpu() for word, vector in known.items()}, temporary)

@@ -139,6 +139,17 @@ def test_words_are_embedded_once_for_all_processes(clip, counted, tmp_path):
     assert texts == ["cat", "sky", "grass", "cat"]
 
 
+def test_words_are_kept_though_later_ones_fail(clip, counted):
+    copy, texts = counted
+    failing = copy(clip)
+    encode = failing.encode_text
+    object.__setattr__(failing, "encode_text", lambda batch: 1 / 0 if "sky" in batch else encode(batch))
+    with pytest.raises(ZeroDivisionError):
+        text.queries(failing, ["cat", "sky"], ["{}"])
+    text.queries(copy(clip), ["cat", "sky"], ["{}"])
+    assert texts == ["cat", "sky"]
+
+
 def test_vectors_on_disk_are_of_the_same_tower_and_templates(clip, counted):
     copy, texts = counted
     text.queries(copy(clip), ["cat"], ["{}"])

@@ -95,9 +95,8 @@ def test_vanilla_is_the_untouched_tower(tower, grid, layers):
     torch.testing.assert_close(found, own_tokens(resized(tower, grid), pixels), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tower", [kind for kind in KINDS if KINDS[kind][1] == "token"], indirect=True)
 def test_cls_is_what_the_whole_tower_says(tower):
-    if tower.trunk.attn_pool is not None:
-        pytest.skip("a learned query pools the patches")
     pixels = images((4, 4))
     torch.testing.assert_close(dense(encode(tower, pixels), "vanilla")[:, 0], tower(pixels), atol=1e-5, rtol=1e-5)
 

@@ -14,18 +14,19 @@ from sclip_lab.clip import Clip, load
 from sclip_lab.crops import Crops, photometric
 from sclip_lab.datasets import Dataset, load_dataset
 from sclip_lab.files import chosen, home
+from sclip_lab.losses import Loss, non_exclusive
 from sclip_lab.protocol import Protocol
 from sclip_lab.splits import SPLITS, Split, measure, zero_shot
 from sclip_lab.training import Schedule, own_device, train
 from sclip_lab.zegclip import (
     TEMPLATES,
     Descriptor,
-    Loss,
     ZegClip,
+    aligned,
     inductive,
     label,
     names,
-    non_exclusive,
+    published,
     transductive,
     zegclip,
 )
@@ -40,7 +41,7 @@ class Recipe:
     scales: tuple[float, float] = (0.5, 2.0)
     colours: Callable[[np.random.RandomState, np.ndarray], np.ndarray] | None = photometric
     prompts: int = 10
-    std: float = 0.02
+    begin: Callable[[ZegClip], None] = published
     templates: tuple[str, ...] | None = TEMPLATES
 
 
@@ -53,7 +54,7 @@ RECIPES = {
     "context60": Recipe(Schedule(40_000), PHOTOGRAPHS),
     "coco-stuff": Recipe(Schedule(80_000), PHOTOGRAPHS, prompts=100, templates=None),
     "scenes-full": Recipe(
-        Schedule(300, batch=4, rate=2e-3, warm_up=20), Protocol(144, 96, 48), (0.75, 1.5), None, std=0.16
+        Schedule(300, batch=4, rate=2e-3, warm_up=20), Protocol(144, 96, 48), (0.75, 1.5), None, begin=aligned
     ),
 }
 
@@ -71,7 +72,7 @@ def learn(
     workers: int = 0,
 ) -> tuple[ZegClip, np.ndarray]:
     """A ZegCLIP that was trained inductively on a training split, and the loss of every step. See `training.train`."""
-    model = zegclip(clip, recipe.prompts, describe, seed, recipe.std)
+    model = zegclip(clip, recipe.prompts, describe, seed, recipe.begin)
     texts = names(clip, dataset.classes, recipe.templates)
     pictures = _crops(dataset, split.inductive, recipe, seed)
     objective = inductive(clip, texts, split, loss)

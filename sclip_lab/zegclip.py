@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss, stochastic_depth
+from torchvision.ops import stochastic_depth
 
 from sclip_lab.clip import Clip
 from sclip_lab.images import pixels
-from sclip_lab.metrics import IGNORE
+from sclip_lab.losses import Loss, non_exclusive, resized
 from sclip_lab.protocol import Protocol, Stitched, windows
 from sclip_lab.splits import HIDDEN, Split
 from sclip_lab.text import queries
@@ -38,8 +38,6 @@ from sclip_lab.training import Objective
 
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # maps [b k i j], truth [b H W] with 255 for void -> a number
 
 TEMPLATES = ("a photo of a {}.",)  # for VOC; of COCO they average 15
 
@@ -176,12 +174,40 @@ def _embedded(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, tuple[
     return visual.ln_pre(torch.cat([first, x.flatten(2).mT], dim=1)), (x.shape[2], x.shape[3])
 
 
+def published(model: ZegClip) -> None:
+    """Begin as the authors do: weights of descriptor and decoder from a normal of 0.02, cut at 2."""
+    for layer in [*model.describe.modules(), *model.decoder.modules()]:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+def aligned(model: ZegClip, gain: float = 5.0) -> None:
+    """Begin with maps that are CLIP's own cosines, times a number: queries are names, and the last q and k `gain` times
+    the identity; all else is as published.
+
+    From a random beginning the decoder has to find out from the seen names alone how names go with patches. Where there
+    are few, and unseen ones are not like them, what it finds does not hold for these.
+    """
+    published(model)
+    if isinstance(model.describe, Descriptor):
+        times, alone = model.describe.linear.weight.data.chunk(2, dim=1)
+        nn.init.zeros_(times)
+        nn.init.eye_(alone)
+    for layer in (model.decoder.match.q, model.decoder.match.k):
+        layer.weight.data.copy_(gain * torch.eye(layer.in_features))
+
+
 def zegclip(
-    clip: Clip, prompts: int = 10, describe: type[nn.Module] = Descriptor, seed: int = 0, std: float = 0.02
+    clip: Clip,
+    prompts: int = 10,
+    describe: type[nn.Module] = Descriptor,
+    seed: int = 0,
+    begin: Callable[[ZegClip], None] = published,
 ) -> ZegClip:
     """An untrained ZegCLIP on a CLIP's device. prompts: per layer, 10 for VOC, 100 for COCO, 0 for none.
 
-    std: of the initial weights of descriptor and decoder; the authors' leaves maps flat for long, 0.16 is quicker.
+    begin: what sets the initial weights of descriptor and decoder, `published` or `aligned`.
     """
     visual = clip.visual
     layers, (width, embedding) = len(visual.transformer.resblocks), visual.proj.shape
@@ -189,10 +215,7 @@ def zegclip(
         torch.manual_seed(seed)
         tuned = Prompts(layers, prompts, width, clip.patch) if prompts else None
         model = ZegClip(clip, tuned, describe(embedding), Decoder(embedding))
-        for layer in [*model.describe.modules(), *model.decoder.modules()]:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
+        begin(model)
     return model.to(visual.proj.device).eval()
 
 
@@ -201,43 +224,6 @@ def names(clip: Clip, classes: Sequence[str], templates: Sequence[str] | None = 
     words = queries(clip, classes, templates)
     vectors = [words.vectors[words.query_class == label].mean(dim=0) for label in range(len(words.names))]
     return F.normalize(torch.stack(vectors), dim=-1)
-
-
-def non_exclusive(maps: Tensor, truth: Tensor, focal: float = 100.0, dice: float = 1.0, void: bool = False) -> Tensor:
-    """ZegCLIP's loss: focal on all classes and dice on those present, each class by its own sigmoid.
-
-    maps [b k i j], resized to truth [b H W], places of classes. Focal (Lin et al., ICCV 2017, α 0.25, γ 2) is the mean
-    over pixels, dice (Milletari et al., 3DV 2016) 1 - (2 Σpy + 1) / (Σp + Σy + 1); both are summed over pictures and
-    classes and divided by how many of these are present, here in this process's batch. Void pixels, 255, are left
-    out of both. With `void`, as in the authors' code, they are negatives of every class instead: of the seen ones
-    where they belong to unseen ones.
-    """
-    y, known = _one_hot(truth, maps.shape[1])
-    maps = _resized(maps, truth.shape[-2:])
-    known = torch.ones_like(known) if void else known
-    present = y.flatten(2).any(dim=-1)  # b k
-    number = present.sum().clamp(min=1)
-    each = sigmoid_focal_loss(maps, y, alpha=0.25, gamma=2) * known  # b k H W
-    p, y = ((share * known).flatten(2)[present] for share in (maps.sigmoid(), y))  # one row per picture and class
-    overlap = (2 * (p * y).sum(-1) + 1) / (p.sum(-1) + y.sum(-1) + 1)
-    return (focal * each.flatten(2).mean(-1).sum() + dice * (1 - overlap).sum()) / number
-
-
-def exclusive(maps: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy over classes: maps [b k i j], resized to truth [b H W]; 255 is left out. Without any other, 0."""
-    known = (truth != IGNORE).sum().clamp(min=1)
-    maps = _resized(maps, truth.shape[-2:])
-    return F.cross_entropy(maps, truth.long(), ignore_index=IGNORE, reduction="sum") / known
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(maps.float(), tuple(size), mode="bilinear", align_corners=False)
-
-
-def _one_hot(truth: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Whether a pixel is of each class, [b k H W], and whether it is of any, [b 1 H W], as 0 and 1."""
-    y = (truth[:, None] == torch.arange(classes, device=truth.device)[:, None, None]).float()
-    return y, (truth != IGNORE)[:, None].float()
 
 
 def inductive(clip: Clip, texts: Tensor, split: Split, loss: Loss = non_exclusive) -> Objective:
@@ -259,7 +245,7 @@ def transductive(clip: Clip, texts: Tensor, split: Split, loss: Loss = non_exclu
 
     def objective(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
         maps = model(pixels(images, clip.mean, clip.std), texts)
-        guess = _resized(maps.detach()[:, unseen], truth.shape[-2:]).argmax(dim=1)  # b H W
+        guess = resized(maps.detach()[:, unseen], truth.shape[-2:]).argmax(dim=1)  # b H W
         found = torch.tensor(unseen, dtype=truth.dtype, device=truth.device)[guess]
         return loss(maps, torch.where(truth == HIDDEN, found, truth))
 
@@ -288,6 +274,6 @@ def label(
     """
     cuts = torch.from_numpy(windows(image, protocol)).to(texts.device)
     shown = pixels(cuts, model.clip.mean, model.clip.std)
-    shares = probability(_resized(model(shown, texts), shown.shape[2:]))  # n k h w
+    shares = probability(resized(model(shown, texts), shown.shape[2:]))  # n k h w
     shares[:, list(split.seen)] -= offset
     return torch.cat([rows.argmax(dim=0) for rows in Stitched(shares, protocol, image.shape[:2])])

@@ -80,6 +80,17 @@ def test_the_seed_decides_and_the_callers_random_state_is_left_alone() -> None:
     assert not runs[0].training
 
 
+def test_every_step_drops_out_other_places() -> None:
+    seen: list[Tensor] = []
+
+    def watched(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
+        seen.append(model[2](torch.ones(200)))
+        return objective(model, images, truth)
+
+    train(network(), watched, Numbered(), SHORT)
+    assert len({tuple(one.tolist()) for one in seen}) == SHORT.steps
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_killed_run_resumed_ends_in_the_same_weights(tmp_path: Path, accumulate: int) -> None:
     schedule = Schedule(steps=8, batch=3, rate=0.01, warm_up=2, accumulate=accumulate)

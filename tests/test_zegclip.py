@@ -18,6 +18,7 @@ from sclip_lab import Clip, Protocol, dense, encode, load, load_dataset
 from sclip_lab.crops import Crops
 from sclip_lab.datasets import Dataset
 from sclip_lab.images import MEAN, STD, pixels
+from sclip_lab.losses import non_exclusive
 from sclip_lab.splits import HIDDEN, SPLITS, Split
 from sclip_lab.training import Schedule, train
 from sclip_lab.zegclip import (
@@ -25,11 +26,10 @@ from sclip_lab.zegclip import (
     Descriptor,
     NameAlone,
     ZegClip,
-    exclusive,
+    aligned,
     inductive,
     label,
     names,
-    non_exclusive,
     softmax,
     transductive,
     zegclip,
@@ -182,71 +182,6 @@ def test_the_maps_of_a_class_do_not_depend_on_which_others_are_asked_for(small: 
     torch.testing.assert_close(model(shown, texts)[:, 3:5], model(shown, texts[3:5]))
 
 
-def slow_loss(maps: Tensor, truth: Tensor, void: bool) -> float:
-    """Focal and dice, pixel by pixel in Python: maps [b k H W], truth [b H W]."""
-    focal, dice, present = 0.0, 0.0, 0
-    for image in range(maps.shape[0]):
-        labels = truth[image].flatten().tolist()
-        for k in range(maps.shape[1]):
-            total, overlap, mass, area = 0.0, 0.0, 0.0, 0
-            for logit, true in zip(maps[image, k].flatten().tolist(), labels, strict=True):
-                if true == 255 and not void:
-                    continue
-                p = 1 / (1 + math.exp(-logit))
-                right = p if true == k else 1 - p
-                total -= (0.25 if true == k else 0.75) * (1 - right) ** 2 * math.log(right)
-                overlap, mass, area = overlap + p * (true == k), mass + p, area + (true == k)
-            focal += total / len(labels)
-            if area:
-                present += 1
-                dice += 1 - (2 * overlap + 1) / (mass + area + 1)
-    return (100 * focal + dice) / max(present, 1)
-
-
-@pytest.mark.parametrize("void", [False, True])
-def test_the_loss_is_the_one_computed_by_hand(void: bool) -> None:
-    torch.manual_seed(0)
-    maps, truth = torch.randn(2, 4, 6, 5), torch.randint(0, 5, (2, 6, 5))
-    truth[truth == 4] = 255
-    truth[1][truth[1] == 2] = 0  # absent from one picture
-    ours = non_exclusive(maps, truth.to(torch.uint8), void=void)
-    assert ours.item() == pytest.approx(slow_loss(maps, truth, void), rel=1e-5)
-
-
-def test_the_exclusive_loss_is_the_one_computed_by_hand() -> None:
-    maps, truth = torch.randn(1, 3, 2, 2), torch.tensor([[[0, 2], [255, 1]]])
-    flat = maps[0].flatten(1).T  # pixel k
-    expected = sum(math.log(flat[i].exp().sum()) - flat[i, k].item() for i, k in ((0, 0), (1, 2), (3, 1))) / 3
-    assert exclusive(maps, truth).item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", [non_exclusive, exclusive])
-def test_pictures_without_a_seen_pixel_have_no_loss(loss: partial) -> None:
-    maps = torch.randn(2, 3, 4, 4, requires_grad=True)
-    value = loss(maps, torch.full((2, 4, 4), 255))
-    value.backward()
-    assert value.item() == 0
-    assert not maps.grad.any()
-
-
-@pytest.mark.parametrize("loss", [non_exclusive, exclusive])
-def test_no_pixel_of_an_unseen_class_reaches_an_inductive_loss(loss: partial) -> None:
-    labels = np.random.RandomState(0).randint(0, 20, (2, 12, 12)).astype(np.uint8)
-    truth = torch.from_numpy(SPLIT.inductive(labels))
-    maps = torch.randn(2, 15, 12, 12, requires_grad=True)
-    loss(maps, truth).backward()
-    unseen = torch.from_numpy(np.isin(labels, SPLIT.unseen))
-    assert unseen.any()
-    assert not maps.grad.movedim(1, -1)[unseen].any()
-    assert maps.grad.movedim(1, -1)[~unseen].all()
-
-
-def test_the_authors_loss_takes_unseen_pixels_for_negatives() -> None:
-    maps, truth = torch.randn(1, 3, 4, 4, requires_grad=True), torch.full((1, 4, 4), 255)
-    non_exclusive(maps, truth, void=True).backward()
-    assert (maps.grad > 0).all()
-
-
 @pytest.mark.parametrize("other", [7, 255])
 def test_relabelled_unseen_pixels_change_no_weight(small: Clip, scenes: Dataset, texts: Tensor, other: int) -> None:
     def read(key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +228,7 @@ def test_a_killed_run_resumed_ends_in_the_same_weights(
 
 def test_two_pictures_are_learned_by_heart(clip: Clip) -> None:
     dataset = load_dataset("scenes-full", split="train", limit=2)
-    model, every = zegclip(clip, std=0.16), Split("scenes-full", 20, (18,))
+    model, every = zegclip(clip, begin=aligned), Split("scenes-full", 20, (18,))
     shown = [(image[:96, :96], truth[:96, :96]) for image, truth in map(dataset.read, dataset.keys)]
     images, truths = (torch.from_numpy(np.stack(parts)) for parts in zip(*shown, strict=True))
     assert not (truths == 18).any()
@@ -341,6 +276,15 @@ def test_labels_are_those_of_the_best_class_after_the_offset(
         shares[k] -= offset
     found = label(model, image, texts, SPLIT, Protocol(64, 64, 32), offset, probability)
     assert torch.equal(found, shares.argmax(dim=0))
+
+
+def test_an_aligned_beginning_is_clips_own_cosines_but_for_a_factor(clip: Clip) -> None:
+    texts, shown = names(clip, load_dataset("scenes-full").classes), torch.randn(2, 3, 96, 96)
+    model = zegclip(clip, prompts=0, begin=partial(aligned, gain=2.0))
+    patches = model.tower(shown)[1]
+    cosines = torch.einsum("ke,bije->bkij", texts, patches)
+    found = torch.stack([model(shown, texts).flatten(), cosines.flatten()])
+    assert torch.corrcoef(found)[0, 1] > 0.99
 
 
 def test_one_vector_per_class_is_the_mean_of_its_words(small: Clip) -> None:

@@ -32,8 +32,17 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def affinity(site: Site, a: Tensor, b: Tensor) -> Tensor:
-    """softmax(s a bᵀ) over the last axis: [b h n c], [b h n c] -> [b h n n], in the running dtype as the authors do."""
-    return (site.scale * a @ b.mT).softmax(-1)
+    """softmax(s a bᵀ) over the last axis: [b h n c], [b h n c] -> [b h n n], in the running dtype as the authors do.
+
+    Of a site's own q, k, v it is computed once for all variants, where no gradient is wanted: none may change it.
+    """
+    own = {id(site.q): "q", id(site.k): "k", id(site.v): "v"}
+    if torch.is_grad_enabled() or not own.keys() >= {id(a), id(b)}:
+        return (site.scale * a @ b.mT).softmax(-1)
+    pair = own[id(a)] + own[id(b)]
+    if pair not in site.affinities:
+        site.affinities[pair] = (site.scale * a @ b.mT).softmax(-1)
+    return site.affinities[pair]
 
 
 @variant

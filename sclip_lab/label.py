@@ -48,28 +48,31 @@ class Labelling:
         `logits` may also be chunks of rows [q rows W] that can be iterated twice, such as `protocol.Stitched`.
         """
         chunks = logits.split(ROWS, dim=1) if isinstance(logits, Tensor) else logits
-        parts = [self._label(chunk, query_class) for chunk in chunks]
+        labels, best, inverse = zip(*(self._labelled(chunk, query_class) for chunk in chunks), strict=True)
         if self.area_thd is not None:
-            stays = self._large_enough(torch.cat([labels for labels, _ in parts]), len(query_class))
-            # To ask whether a pixel is concerned would make a GPU wait.
-            concerned = [labels.is_cuda or not stays[labels].all() for labels, _ in parts]
-            if any(concerned):
-                each, allowed = zip(parts, chunks, concerned, strict=True), stays[query_class]
-                parts = [self._label(chunk, query_class, allowed) if again else part for part, chunk, again in each]
-        return torch.cat([labels.where(sure, 0) for labels, sure in parts])
+            stays = self._large_enough(torch.cat(labels), len(query_class))
+            parts = zip(chunks, labels, best, inverse, strict=True)
+            labels, inverse = zip(*(self._without(~stays, query_class, *part) for part in parts), strict=True)
+        return torch.cat(labels).masked_fill(torch.cat(inverse) * self.prob_thd > 1, 0)
 
-    def _label(self, logits: Tensor, query_class: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The class of the best allowed word, [rows W], and whether its probability reaches the threshold."""
+    def _labelled(self, logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The class of the best word, its logit, and one over its probability (0 where none is asked for), [rows W]."""
         # The softmax keeps the order of the words, so the class of the best word is the class of highest probability,
         # and only the winner's probability is ever needed.
-        fit = logits if allowed is None else logits.masked_fill(~allowed[:, None, None], -torch.inf)
-        best, count = fit.amax(dim=0), len(query_class)  # rows W
-        # The first that equals it. On a processor max(dim=0), which finds it too, takes twice as long.
-        places = torch.arange(count, 0, -1, device=fit.device).to(torch.uint8 if count < 256 else torch.int32)
-        first = count - ((fit == best) * places[:, None, None]).amax(dim=0).long()
+        labels, best = _winners(logits, query_class)
         if not self.prob_thd:
-            return query_class[first], torch.ones_like(best, dtype=torch.bool)
-        return query_class[first], (logits - best).mul_(self.logit_scale).exp_().sum(dim=0) <= 1 / self.prob_thd
+            return labels, best, torch.zeros_like(best)
+        return labels, best, (logits - best).mul_(self.logit_scale).exp_().sum(dim=0)
+
+    def _without(
+        self, dropped: Tensor, query_class: Tensor, logits: Tensor, labels: Tensor, best: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The class of the best word whose class is not dropped, and one over its probability, [rows W]."""
+        # To ask whether a pixel is concerned would make a GPU wait.
+        if not labels.is_cuda and not dropped[labels].any():
+            return labels, inverse
+        labels, second = _winners(logits.masked_fill(dropped[query_class][:, None, None], -torch.inf), query_class)
+        return labels, inverse * (self.logit_scale * (best - second)).exp()
 
     def _large_enough(self, labels: Tensor, classes: int) -> Tensor:
         """Which classes stay in this image, [classes] bool."""
@@ -77,3 +80,12 @@ class Labelling:
         stay = area > (self.area_thd or 0.0) * area[1:].sum()
         stay[0] = True
         return stay
+
+
+def _winners(logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor]:
+    """The class of the best word, the first of equals, and its logit, [rows W]."""
+    best, count = logits.amax(dim=0), len(query_class)
+    # On a processor max(dim=0), which finds the place by itself, takes twice as long.
+    places = torch.arange(count, 0, -1, device=logits.device).to(torch.uint8 if count < 256 else torch.int32)
+    first = count - ((logits == best) * places[:, None, None]).amax(dim=0).long()
+    return query_class[first], best

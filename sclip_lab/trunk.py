@@ -98,6 +98,11 @@ class Site:
         """Values [b h n c]."""
         return self._qkv[2]
 
+    @cached_property
+    def affinities(self) -> dict[str, Tensor]:
+        """What `attention.affinity` has computed here: [b h n n] by two of q, k, v, as "qk", CLIP's own attention."""
+        return {}
+
     @property
     def scale(self) -> float | Tensor:
         """Factor on q kᵀ before the softmax: c ** -0.5, or the learned scale [h 1 1] of a scaled-cosine tower."""

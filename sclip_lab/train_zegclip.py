@@ -54,7 +54,7 @@ RECIPES = {
     "context60": Recipe(Schedule(40_000), PHOTOGRAPHS),
     "coco-stuff": Recipe(Schedule(80_000), PHOTOGRAPHS, prompts=100, templates=None),
     "scenes-full": Recipe(
-        Schedule(300, batch=4, rate=2e-3, warm_up=20), Protocol(144, 96, 48), (0.75, 1.5), None, begin=aligned
+        Schedule(500, batch=4, rate=1e-3, warm_up=10), Protocol(144, 96, 48), (0.75, 1.5), None, begin=aligned
     ),
 }
 

@@ -157,7 +157,7 @@ class ZegClip(nn.Module):
         blocks = visual.transformer.resblocks
         for layer, block in enumerate(blocks):
             x = self.prompts.into(x, layer) if self.prompts else x
-            skipped = 0.1 * layer / (len(blocks) - 1)  # drop path
+            skipped = 0.1 * layer / max(len(blocks) - 1, 1)  # drop path
             x = x + stochastic_depth(block(x) - x, skipped, "row", self.training)
         x = self.prompts.norm(x) if self.prompts else x
         x = F.normalize((visual.ln_post(x) @ visual.proj).float(), dim=-1)

@@ -35,6 +35,11 @@ def non_exclusive(maps: Tensor, truth: Tensor, focal: float = 100.0, dice: float
     return (focal * each.flatten(2).mean(-1).sum() + dice * (1 - overlap).sum()) / number
 
 
+def void_negative(maps: Tensor, truth: Tensor) -> Tensor:
+    """`non_exclusive` as the authors' code has it, where void pixels are negatives of every class."""
+    return non_exclusive(maps, truth, void=True)
+
+
 def exclusive(maps: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy over classes: maps [b k i j], resized to truth [b H W]; 255 is left out. Without any other, 0."""
     known = (truth != IGNORE).sum().clamp(min=1)

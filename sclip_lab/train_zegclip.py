@@ -75,8 +75,11 @@ def learn(
     model = zegclip(clip, recipe.prompts, describe, seed, recipe.begin)
     texts = names(clip, dataset.classes, recipe.templates)
     pictures = _crops(dataset, split.inductive, recipe, seed)
-    objective = inductive(clip, texts, split, loss)
-    return model, train(model, objective, pictures, recipe.schedule, seed, checkpoint, watch=watch, workers=workers)
+    run = _made_with(model, dataset, split, recipe, loss)
+    objective, schedule = inductive(clip, texts, split, loss), recipe.schedule
+    return model, train(
+        model, objective, pictures, schedule, seed, checkpoint, watch=watch, workers=workers, made_with=run
+    )
 
 
 def self_train(
@@ -94,8 +97,21 @@ def self_train(
     texts = names(model.clip, dataset.classes, recipe.templates)
     pictures = _crops(dataset, split.transductive, recipe, seed)
     schedule = replace(recipe.schedule, steps=max(recipe.schedule.steps // 2, 1))
+    run = _made_with(model, dataset, split, recipe, loss)
     objective = transductive(model.clip, texts, split, loss)
-    return train(model, objective, pictures, schedule, seed, checkpoint, watch=watch, workers=workers)
+    return train(model, objective, pictures, schedule, seed, checkpoint, watch=watch, workers=workers, made_with=run)
+
+
+def _made_with(model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, loss: Loss) -> dict[str, str]:
+    names = {"describe": type(model.describe).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
+    pictures = f"{len(dataset.keys)} of {dataset.name} at {recipe.scales} {recipe.protocol}"
+    return {
+        **names,
+        "model": model.clip.name,
+        "prompts": str(recipe.prompts),
+        "pictures": pictures,
+        "split": str(split),
+    }
 
 
 def _crops(dataset: Dataset, hide: Callable[[np.ndarray], np.ndarray], recipe: Recipe, seed: int) -> Crops:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,20 +75,22 @@ def train(
     every: int = 500,
     watch: Callable[[list[float]], None] | None = None,
     workers: int = 0,
+    made_with: Mapping[str, str] | None = None,
 ) -> np.ndarray:
     """Train the parameters of a module, in place, on their device; the loss of every step [steps].
 
     `pictures`: image uint8 [H W 3] and truth uint8 [H W] by number, endless, such as `crops.Crops`, read in order.
     `checkpoint`: a safetensors file that is replaced, whole, after `every` so many steps and at the end, and gone on
     from where it is there; `restore` reads the weights alone. `watch` is called with the losses so far at every step.
-    `workers`: processes that read pictures ahead. Random state of the caller is left as it is, but the module's mode is
-    `eval` in the end. Raises FloatingPointError where loss or gradient is no number: module and checkpoint are as
-    before that step. Raises ValueError where the checkpoint is of another run.
+    `workers`: processes that read pictures ahead. `made_with`: what else tells this run from others. Random state of
+    the caller is left as it is; the module is in eval mode in the end. Raises FloatingPointError where loss or gradient
+    is no number: module and checkpoint are as before that step. Raises ValueError where the checkpoint is of another
+    run.
     """
     device = next(module.parameters()).device
     optimiser = torch.optim.AdamW(_groups(module, schedule.decay), lr=schedule.rate)
     scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
-    run = {"seed": str(seed), "schedule": str(schedule)}
+    run = {**(made_with or {}), "seed": str(seed), "schedule": str(schedule)}
     losses = _resume(module, optimiser, scaler, checkpoint, run)
     with _shared(module) as (model, rank, world), torch.random.fork_rng():
         numbers = range(len(losses) * schedule.accumulate, schedule.steps * schedule.accumulate)

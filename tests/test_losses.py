@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sclip_lab.losses import Loss, exclusive, non_exclusive
+from sclip_lab.losses import Loss, exclusive, non_exclusive, void_negative
 from sclip_lab.splits import SPLITS
 
 SPLIT = SPLITS["scenes"]
@@ -74,5 +74,5 @@ def test_no_pixel_of_an_unseen_class_reaches_an_inductive_loss(loss: Loss) -> No
 
 def test_the_authors_loss_takes_unseen_pixels_for_negatives() -> None:
     maps, truth = torch.randn(1, 3, 4, 4, requires_grad=True), torch.full((1, 4, 4), 255)
-    non_exclusive(maps, truth, void=True).backward()
+    void_negative(maps, truth).backward()
     assert (maps.grad > 0).all()

@@ -123,9 +123,10 @@ def test_a_run_that_is_done_is_read_and_not_repeated(tmp_path: Path) -> None:
     restore(read, path)
     assert torch.equal(weights(first), weights(again))
     assert torch.equal(weights(first), weights(read))
-    with pytest.raises(ValueError, match=r"is of seed 0, not 1: delete it") as error:
-        train(network(), objective, Numbered(), SHORT, seed=1, checkpoint=path)
-    assert "\n" not in str(error.value)
+    for other, words in ({"seed": 1}, "is of seed 0, not 1"), ({"made_with": {"loss": "b"}}, "is of loss None, not b"):
+        with pytest.raises(ValueError, match=words) as error:
+            train(network(), objective, Numbered(), SHORT, checkpoint=path, **other)
+        assert "\n" not in str(error.value)
 
 
 def broken_at(step: int, break_: str) -> tuple[nn.Module, object]:

@@ -103,7 +103,7 @@ def self_train(
 
 
 def _made_with(model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, loss: Loss) -> dict[str, str]:
-    names = {"describe": type(model.describe).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
+    parts = {"describe": type(model.describe).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
     pictures = f"{len(dataset.keys)} of {dataset.name} at {recipe.scales} {recipe.protocol}"
     return {
         **names,

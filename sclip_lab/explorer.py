@@ -121,7 +121,7 @@ class Explorer(widgets.VBox):
         self.seen: dict[str, Subject] = {}
         self.given = {canonical(spec): spec for spec in attentions}  # a callable could not be read from a text
         self.specs = list(self.given.values())
-        depth = len(clip.visual.transformer.resblocks)
+        depth = clip.layers
         chosen = sorted({range(depth)[layer] for layer in layers})
         self.choice = widgets.Dropdown(options=list(pictures), description="Picture")
         self.upload = widgets.FileUpload(accept="image/*", description="Your own picture", layout={"width": "auto"})

@@ -142,4 +142,4 @@ def _encode(clip: Clip, dataset: Dataset, keys: Sequence[str], protocol: Protoco
         raise ValueError(f"no picture of {dataset.name!r} is left to learn from: expected whole files")
     stream, labels = torch.cat(streams), torch.cat(truths).to(streams[0].device)
     labelled = (labels != IGNORE).flatten(1).any(dim=1)
-    return Site(clip.visual.transformer.resblocks[-1:], stream[labelled], trunk.grid), labels[labelled]
+    return Site(trunk.site().blocks[-1:], stream[labelled], trunk.grid), labels[labelled]

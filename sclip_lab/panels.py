@@ -2,7 +2,7 @@
 
 The tower sees a picture once and whole; weights and label maps are kept, so that another patch only mixes colours.
 
-Letters: H W picture as shown, h heads, n tokens (CLS first), p patches.
+Letters: H W picture as shown, h heads, n tokens, p patches.
 """
 
 import base64
@@ -59,10 +59,10 @@ def look(clip: Clip, picture: Source, words: Queries) -> Subject:
 @lru_cache(maxsize=128)
 @torch.no_grad()
 def weights(subject: Subject, attention: Spec, layer: int) -> np.ndarray:
-    """Where every patch looks in a layer, heads averaged and CLS left out: [p p]."""
+    """Where every patch looks in a layer, heads averaged and what precedes the patches left out: [p p]."""
     site = subject.trunk.site(layer)
     every = resolve(attention)(site).expand(*site.v.shape[:3], -1)  # [1 h n n]
-    return every.mean(1)[0, 1:, 1:].float().cpu().numpy()
+    return every.mean(1)[0, site.prefix :, site.prefix :].float().cpu().numpy()
 
 
 @lru_cache(maxsize=128)

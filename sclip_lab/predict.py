@@ -131,15 +131,16 @@ def _measure_all(
 def _measure(attend: Attention, site: Site, labels: Tensor) -> tuple[float, ...]:
     """MEASURES of one attention at a site of the windows [n] of a picture, whose patches have `labels` [n p]."""
     weights = attend(site).expand(*site.v.shape[:3], -1).mean(1)  # [n tokens tokens], heads averaged
-    alignment = metrics.alignment(weights, labels, IGNORE)
+    prefix = site.prefix
+    alignment = metrics.alignment(weights, labels, IGNORE, prefix)
     # Were every patch of a class of its own, its share on its class would be what it gives itself.
     alone = torch.where(labels == IGNORE, -1, torch.arange(labels.shape[-1]).to(labels))
     each = (
-        metrics.invariance(weights),
-        metrics.distance(weights, site.grid),
-        metrics.entropy(weights),
+        metrics.invariance(weights, prefix),
+        metrics.distance(weights, site.grid, prefix),
+        metrics.entropy(weights, prefix),
         alignment,
-        alignment - metrics.alignment(weights, alone, ignore=-1),
+        alignment - metrics.alignment(weights, alone, -1, prefix),
     )
     return tuple(float(values.nanmean()) for values in each)
 

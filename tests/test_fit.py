@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from test_predict import without_cls
 
 from sclip_lab import Clip, Protocol, attention, dense, load, load_dataset
 from sclip_lab.datasets import BrokenImage
@@ -179,3 +180,9 @@ def test_the_projection_of_a_half_precision_tower_is_float32(clip: Clip) -> None
     learned = fit(half, load_dataset("scenes-full", split="train"), samples=1, steps=2).projection
     assert isinstance(learned, Projection)
     assert {p.dtype for p in learned.parameters()} == {torch.float32}
+
+
+def test_a_tower_of_timm_without_cls_learns_as_any(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset("scenes-full", split="train")
+    losses = fit(without_cls(clip, monkeypatch), dataset, samples=2, steps=10, batch=ALL).losses
+    assert (np.diff(losses) < 0).all()

@@ -1,5 +1,6 @@
 """What predicts mIoU: measures against loops over windows and patches, correlations against scipy."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from open_clip.timm_model import TimmModel
 from scipy.stats import spearmanr
+from test_towers import shrunk
 
 from sclip_lab import Clip, Protocol, encode, load, load_dataset
 from sclip_lab.datasets import BrokenImage
@@ -30,6 +33,15 @@ def halved(site):
 @pytest.fixture(scope="module")
 def clip() -> Clip:
     return load("tiny", device="cpu")
+
+
+def without_cls(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> Clip:
+    """The same with a small random tower of SigLIP's kind: timm's blocks, 4 x 4 patches and no other token."""
+    torch.manual_seed(0)
+    shrunk(monkeypatch, "SigLIP")
+    model = copy.deepcopy(clip.model)
+    model.visual = TimmModel("vit_base_patch16_siglip_224", clip.visual.output_dim, 32, pool="map", proj="linear")
+    return dataclasses.replace(clip, name="siglip", model=model.eval().requires_grad_(False))
 
 
 @pytest.fixture
@@ -280,3 +292,15 @@ def test_measures_of_other_images_or_attentions_are_refused(frame, measured, col
         rank_correlation(frame, fewer)
     with pytest.raises(ValueError, match="mIoU of 7 attentions on 12 images"):
         rank_correlation(frame[(frame["image"] != "0") | (frame["attention"] != "qq")], measured)
+
+
+def test_maps_of_a_tower_without_cls_are_of_patches_throughout(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(site):
+        return torch.zeros_like(site.q @ site.k.mT).softmax(-1)
+
+    dataset = load_dataset("scenes-full", limit=1)
+    found = measures(without_cls(clip, monkeypatch), dataset, ["identity", uniform], Protocol(48, 32, 16))
+    found = found.set_index("attention")
+    assert found.loc["identity", MEASURES[1:]].tolist() == [0, 0, 1, 0]  # a patch looks at itself alone
+    assert found.loc["uniform", "invariance"] == pytest.approx(1)
+    assert found.loc["uniform", "entropy"] == pytest.approx(math.log(16))

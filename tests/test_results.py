@@ -8,6 +8,7 @@ import pytest
 
 from sclip_lab import Protocol, datasets, load, sweep
 from sclip_lab.files import home
+from sclip_lab.later import repaired
 from sclip_lab.refine import Pamr
 from sclip_lab.store import CELL, COUNTS, HEAD, read
 
@@ -30,7 +31,8 @@ def test_a_sample_is_measured_again(stored):
     cells = stored[CELL].drop_duplicates()
     known = cells["dataset"].isin(datasets().index) & ~cells["attention"].isin(["uniform"])
     cells = cells[known].sample(4, random_state=0)
-    clip = load("tiny")
+    tiny = load("tiny")
+    models = {model.name: model for model in (tiny, repaired(tiny))}
     for cell in cells.itertuples():
         layers = tuple(map(int, cell.layers.split(",")))
         short_side, *windows = cell.protocol.replace("whole", "0").split("/")
@@ -38,7 +40,9 @@ def test_a_sample_is_measured_again(stored):
         refine = None
         if found := re.search(r"pamr\((\d+)/([\d,]+)\)", cell.labelling):
             refine = Pamr(int(found[1]), tuple(map(int, found[2].split(","))))
-        found = sweep(clip, cell.dataset, cell.attention, protocol, cell.readout, [layers], limit=1, refiners=refine)
+        found = sweep(
+            models[cell.model], cell.dataset, cell.attention, protocol, cell.readout, [layers], limit=1, refiners=refine
+        )
         assert found[CELL].iloc[0].astype(str).tolist() == list(cell[1:])
         expected = pd.merge(stored, pd.DataFrame([cell[1:]], columns=CELL).assign(image="0"), on=HEAD)
         found, expected = (rows.set_index("class")[COUNTS].sort_index() for rows in (found, expected))

@@ -5,10 +5,13 @@ columns are categories, since they repeat.
 
 What a sweep measures is added in pieces, files of their own beside the table, which become part of it when the sweep
 ends. A piece is there as a whole or not at all, and its rows are in the table or in the piece: whenever a sweep is
-killed, at most EVERY seconds of its work are lost. Nor do two sweeps that write to the same table hinder each other.
+killed, at most EVERY seconds of its work are lost. Sweeps that write to the same table at once take turns, by a lock
+beside it; what a killed one has left goes with the next merge. Pages carry checksums, so that a bit that flips on the
+way is no other count.
 """
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from textwrap import shorten
 from time import monotonic
@@ -28,6 +31,7 @@ HEAD = [*CELL, "image"]
 TEXT = [*HEAD, "class"]
 PIECE = "[!.]*.parquet"  # hidden ones are being written
 EVERY = 20.0  # seconds of work that a kill may cost
+PATIENCE = 600.0  # seconds to wait for others, each of which writes for a moment
 
 Head = tuple[str, ...]  # the values of HEAD
 Record = tuple[Head, list[str], np.ndarray]  # class names, counts [classes 3]
@@ -64,26 +68,30 @@ class Store:
     def write(self) -> None:
         """Put what is new on disk, as a piece. Raises OSError, in one line, where the disk does not take it."""
         if self._new:
-            piece, self._new = tidy(self._new), []
-            self._frames.append(piece)
+            piece = tidy(self._new)
             if self.path:
-                _save(piece, _folder(self.path) / f"{uuid4().hex}.parquet")
+                with _alone(self.path):
+                    _save(piece, self.path)
+            self._frames.append(piece)
+            self._new = []
         self._written = monotonic()
 
     def merge(self) -> None:
-        """Make the pieces part of the table, those of other sweeps too."""
-        if self.path and (folder := _folder(self.path)).is_dir():
-            with FileLock(folder / "lock"):
-                pieces = sorted(folder.glob(PIECE))
-                _save(_joined(_parts(self.path)), self.path)
-                for piece in pieces:
-                    piece.unlink()
+        """Make the pieces part of the table, those of other sweeps too. Errors as of `write` and `read`."""
+        if self.path and any((folder := _folder(self.path)).glob("*.parquet")):
+            with _alone(self.path) as lock:
+                _save(_joined(_parts(self.path)), self.path).replace(self.path)
+                for left in list(folder.glob("*.parquet")):  # hidden ones, too: whoever began them was killed
+                    left.unlink()
+                with suppress(OSError):  # on Windows, a file in use stays
+                    folder.rmdir()
+                    lock.unlink()  # last, for the next to come makes one of its own
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError) if error else nullcontext():  # which would hide what ended the sweep
+        with suppress(OSError, ValueError) if error else nullcontext():  # which would hide what ended the sweep
             self.write()
             self.merge()
 
@@ -103,24 +111,36 @@ def _parts(path: Path) -> list[pd.DataFrame]:
             continue
 
 
-def _save(frame: pd.DataFrame, path: Path) -> None:
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Wait until no other process writes to a table or its pieces. Yields the lock; OSErrors leave in one line."""
+    lock = path.with_suffix(".lock")
     try:
-        with replacing(path) as temporary:
-            frame.to_parquet(temporary, index=False, compression="zstd")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, PATIENCE):
+            yield lock
     except OSError as error:
-        why = shorten(str(error), 120)
-        raise OSError(
-            f"counts cannot be written to {path} ({why}): make room, the sweep goes on where it was"
-        ) from None
+        why = shorten(str(error), 160)
+        advice = f"make room, or end what holds {lock.name}; the next run goes on where this one was"
+        raise OSError(f"counts cannot be written to {path} ({why}): {advice}") from None
+
+
+def _save(frame: pd.DataFrame, path: Path) -> Path:
+    """Write a piece of a table."""
+    piece = _folder(path) / f"{uuid4().hex}.parquet"
+    with replacing(piece) as temporary:
+        frame.to_parquet(temporary, index=False, compression="zstd", write_page_checksum=True)
+    return piece
 
 
 def read(path: Path) -> pd.DataFrame:
     """The table in a file. Raises ValueError, in one line, for a file that holds another."""
     try:
-        frame = pd.read_parquet(path)[TEXT + COUNTS]
+        with path.open("rb") as file:  # once, for another table may take the name at any moment
+            frame = pd.read_parquet(file, page_checksum_verification=True)[TEXT + COUNTS]
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # of many kinds, for any part of a file may be damaged
         expected = f"expected the counts of a sweep ({', '.join(TEXT + COUNTS)}): move it away to measure anew"
         raise ValueError(f"{path} cannot be read ({shorten(str(error), 80)}), {expected}") from None
     return frame.astype(dict.fromkeys(TEXT, "category"))

@@ -106,7 +106,7 @@ def _made_with(model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, l
     parts = {"describe": type(model.describe).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
     pictures = f"{len(dataset.keys)} of {dataset.name} at {recipe.scales} {recipe.protocol}"
     return {
-        **names,
+        **parts,
         "model": model.clip.name,
         "prompts": str(recipe.prompts),
         "pictures": pictures,

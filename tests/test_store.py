@@ -1,14 +1,22 @@
 """Stored counts: an interrupted sweep goes on where it was, and ends in the same file."""
 
+import os
+import random
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from itertools import count
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from sclip_lab import Protocol, sweep
+from sclip_lab import Protocol, store, sweep
+from sclip_lab.store import Store, read
 
 SWEEP = """
 import sclip_lab, sclip_lab.store
@@ -104,3 +112,174 @@ def test_another_table_is_refused(results):
     pd.DataFrame({"miou": [1.0]}).to_parquet(results / "ablation.parquet")
     with pytest.raises(ValueError, match=r"ablation\.parquet cannot be read .*expected the counts of a sweep"):
         _sweep()
+
+
+def records(start, stop):
+    """What a sweep finds in the pictures of these numbers: the same whenever it looks."""
+    for number in range(start, stop):
+        counts = np.random.default_rng(number).integers(0, 9000, (2, 5, 3))
+        heads = [("tiny", "scenes", "96", "argmax", name, "full", "-1", str(number)) for name in ("csa", "vanilla")]
+        yield [(head, list("abcde"), table) for head, table in zip(heads, counts, strict=True)]
+
+
+def write(path, start, stop):
+    """A sweep as its store sees it: of each picture that is not known comes a piece, and at last they are merged."""
+    with Store(path) as table:
+        for group in records(start, stop):
+            if group[0][0] not in table.heads:
+                table.add(group)
+
+
+def started(work, *arguments):
+    """A process of its own that does this and no more."""
+    if not (process := os.fork()):
+        try:
+            work(*arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return process
+
+
+def ended(process):
+    """Whether a process did its work, or was killed before."""
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """The file of twelve pictures that nothing disturbed, where each picture is a piece, and the seconds it took."""
+    monkeypatch.setattr(store, "EVERY", -1.0)
+    path = tmp_path / "whole" / "ablation.parquet"
+    write(path, 0, 1)
+    begun = time.monotonic()
+    write(path, 0, 12)
+    assert list(path.parent.iterdir()) == [path]
+    return path.read_bytes(), time.monotonic() - begun
+
+
+def left(path, pictures):
+    """What a killed process was at, seen by what it has left."""
+    folder = path.with_suffix(".pieces")
+    added = path.is_file() or len(list(folder.glob("[!.]*.parquet"))) >= pictures
+    return {"merging" if added else "adding", "in a file" if list(folder.glob(".*.parquet")) else "between files"}
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_file(tmp_path, whole):
+    (expected, seconds), rng, kills, seen = whole, random.Random(0), 0, set()
+    while kills < 30 or len(seen) < 4:
+        path = tmp_path / str(kills) / "ablation.parquet"
+        while True:
+            process = started(write, path, 0, 12)
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(process, signal.SIGKILL)
+            if ended(process):
+                break
+            kills += 1
+            seen |= left(path, 12)
+        assert path.read_bytes() == expected
+        assert not list(path.parent.glob("*/*"))
+
+
+def test_two_at_once_killed_at_random_moments_end_in_the_same_file(tmp_path, whole):
+    (expected, seconds), rng, kills = whole, random.Random(1), 0
+    while kills < 20:
+        path = tmp_path / str(kills) / "ablation.parquet"
+        parts = [(0, 8), (4, 12)]
+        while parts:
+            running = [(started(write, path, *part), part) for part in parts]
+            for process, _ in running:
+                time.sleep(rng.uniform(0, seconds))
+                os.kill(process, signal.SIGKILL)
+            parts = [part for process, part in running if not ended(process)]
+            kills += len(parts)
+        assert path.read_bytes() == expected
+        assert not list(path.parent.glob("*/*"))
+
+
+def test_killed_at_each_step_it_ends_in_the_same_file(tmp_path, monkeypatch):
+    def killed(path, step):
+        def hook(event, _):
+            nonlocal step
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"):
+                step -= 1
+                if step < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        write(path, 0, 2)
+
+    monkeypatch.setattr(store, "EVERY", -1.0)
+    write(tmp_path / "whole.parquet", 0, 2)
+    expected = (tmp_path / "whole.parquet").read_bytes()
+    for step in count():
+        path = tmp_path / str(step) / "ablation.parquet"
+        if ended(started(killed, path, step)):
+            break
+        write(path, 0, 2)
+        assert path.read_bytes() == expected
+        assert not list(path.parent.glob("*/*"))
+    assert step > 20
+
+
+@pytest.mark.parametrize("pieces", [0, 9])  # that there is room for
+def test_a_full_disk_loses_nothing_that_was_there(tmp_path, whole, pieces):
+    room = len(whole[0]) - 1 if pieces else 100
+
+    def full(path):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        with pytest.raises(OSError, match=r"ablation\.parquet \(.*too large.*\): make room") as error:
+            write(path, 0, 12)
+        assert "\n" not in str(error.value)
+
+    path = tmp_path / "full" / "ablation.parquet"
+    write(path, 0, 3)
+    before = path.read_bytes()
+    assert ended(started(full, path))
+    assert path.read_bytes() == before
+    assert len(list(path.parent.glob("*.pieces/[!.]*.parquet"))) == pieces
+    write(path, 0, 12)
+    assert path.read_bytes() == whole[0]
+
+
+def test_a_damaged_piece_is_named_and_nothing_removed(tmp_path, whole):
+    path = tmp_path / "ablation.parquet"
+    write(path, 0, 3)
+    table = Store(path)
+    for group in records(3, 6):
+        table.add(group)
+    piece = sorted(path.with_suffix(".pieces").glob("*.parquet"))[1]
+    piece.write_bytes(piece.read_bytes()[:-100])
+    before = content(tmp_path)
+    for attempt in (table.merge, lambda: Store(path)):
+        with pytest.raises(ValueError, match=rf"{piece} cannot be read .*move it away") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+        assert {name: data for name, data in content(tmp_path).items() if name in before} == before
+    piece.unlink()
+    write(path, 0, 12)
+    assert path.read_bytes() == whole[0]
+
+
+def test_no_flipped_bit_is_another_count(tmp_path, whole):
+    path, rng = tmp_path / "ablation.parquet", random.Random(0)
+    path.write_bytes(whole[0])
+    expected, refused = read(path), 0
+    for place in rng.sample(range(len(whole[0])), 200):
+        flipped = bytearray(whole[0])
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found = read(path)
+        except ValueError:
+            refused += 1
+        else:
+            pd.testing.assert_frame_equal(found.astype(str), expected.astype(str))
+    assert refused > 100

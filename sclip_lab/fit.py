@@ -95,7 +95,8 @@ def fit(
     protocol = dataset.protocol or Protocol.for_image_size(clip.image_size)
     site, truth = _encode(clip, dataset, dataset.keys[:samples], protocol)
     attention = site.block.attn
-    projection = Projection(attention.in_proj_weight.chunk(3)[0], attention.in_proj_bias.chunk(3)[0])  # W_q
+    w_q, bias = attention.in_proj_weight.chunk(3)[0], attention.in_proj_bias
+    projection = Projection(w_q, w_q.new_zeros(len(w_q)) if bias is None else bias.chunk(3)[0])
     optimiser = torch.optim.Adam(projection.parameters(), lr)
     generator, losses = torch.Generator().manual_seed(seed), []
     progress = tqdm(range(steps), desc=f"learning a projection on {dataset.name}", unit="step", file=sys.stdout)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_predict import without_cls
+from test_predict import with_timms
 
 from sclip_lab import Protocol, load, scenes, segment
 from sclip_lab.explorer import explore
@@ -193,7 +193,7 @@ def test_every_picture_of_the_table_has_an_alternative_text(explorer):
 
 
 def test_a_tower_of_timm_without_cls_is_explored_as_any(clip, monkeypatch):
-    made = explore(without_cls(clip, monkeypatch), {"a": PICTURES[0]}, attentions=("identity", "csa"), layers=(0, -1))
+    made = explore(with_timms(clip, monkeypatch), {"a": PICTURES[0]}, attentions=("identity", "csa"), layers=(0, -1))
     assert made.layers.options == (0, 1, 2)
     assert all(isinstance(panel, np.ndarray) for row in seen(made) for panel in row)
     (subject,) = made.seen.values()

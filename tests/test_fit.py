@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from test_predict import without_cls
+from test_predict import with_timms
 
 from sclip_lab import Clip, Protocol, attention, dense, load, load_dataset
 from sclip_lab.datasets import BrokenImage
@@ -182,7 +182,8 @@ def test_the_projection_of_a_half_precision_tower_is_float32(clip: Clip) -> None
     assert {p.dtype for p in learned.parameters()} == {torch.float32}
 
 
-def test_a_tower_of_timm_without_cls_learns_as_any(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["SigLIP", "MobileCLIP"], ids=["no CLS", "no bias"])
+def test_towers_of_timm_learn_as_any(clip: Clip, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     dataset = load_dataset("scenes-full", split="train")
-    losses = fit(without_cls(clip, monkeypatch), dataset, samples=2, steps=10, batch=ALL).losses
+    losses = fit(with_timms(clip, monkeypatch, kind), dataset, samples=2, steps=10, batch=ALL).losses
     assert (np.diff(losses) < 0).all()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from open_clip.timm_model import TimmModel
 from scipy.stats import spearmanr
-from test_towers import shrunk
+from test_towers import KINDS, shrunk
 
 from sclip_lab import Clip, Protocol, encode, load, load_dataset
 from sclip_lab.datasets import BrokenImage
@@ -35,13 +35,14 @@ def clip() -> Clip:
     return load("tiny", device="cpu")
 
 
-def without_cls(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> Clip:
-    """The same with a small random tower of SigLIP's kind: timm's blocks, 4 x 4 patches and no other token."""
+def with_timms(clip: Clip, monkeypatch: pytest.MonkeyPatch, kind: str = "SigLIP") -> Clip:
+    """The same with a small random tower of timm's, of 4 x 4 patches, and in SigLIP's no other token."""
     torch.manual_seed(0)
-    shrunk(monkeypatch, "SigLIP")
+    shrunk(monkeypatch, kind)
+    name, pool, _ = KINDS[kind]
     model = copy.deepcopy(clip.model)
-    model.visual = TimmModel("vit_base_patch16_siglip_224", clip.visual.output_dim, 32, pool="map", proj="linear")
-    return dataclasses.replace(clip, name="siglip", model=model.eval().requires_grad_(False))
+    model.visual = TimmModel(name, clip.visual.output_dim, 32, pool=pool, proj="linear")
+    return dataclasses.replace(clip, name=kind, model=model.eval().requires_grad_(False))
 
 
 @pytest.fixture
@@ -299,7 +300,7 @@ def test_maps_of_a_tower_without_cls_are_of_patches_throughout(clip: Clip, monke
         return torch.zeros_like(site.q @ site.k.mT).softmax(-1)
 
     dataset = load_dataset("scenes-full", limit=1)
-    found = measures(without_cls(clip, monkeypatch), dataset, ["identity", uniform], Protocol(48, 32, 16))
+    found = measures(with_timms(clip, monkeypatch), dataset, ["identity", uniform], Protocol(48, 32, 16))
     found = found.set_index("attention")
     assert found.loc["identity", MEASURES[1:]].tolist() == [0, 0, 1, 0]  # a patch looks at itself alone
     assert found.loc["uniform", "invariance"] == pytest.approx(1)

@@ -118,8 +118,8 @@ class Stitched:
         queries, _, width = self.columns_done.shape
         device = self.columns_done.device
         chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
-        for read, weights in _bands(*self.rows, max(chunk // (queries * width), 1)):
-            yield weights.to(device) @ self.columns_done[:, read.to(device)]  # q rows W
+        for read, weights in _bands(*self.rows, max(chunk // (queries * width), 1), device):
+            yield weights @ self.columns_done[:, read]  # q rows W
 
 
 def stitch(scores: Tensor, protocol: Protocol, size: tuple[int, int]) -> Tensor:
@@ -149,11 +149,13 @@ def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
 
 
 @lru_cache(maxsize=128)
-def _bands(protocol: Protocol, own: int, resized: int, patches: int, rows: int) -> list[tuple[Tensor, Tensor]]:
+def _bands(
+    protocol: Protocol, own: int, resized: int, patches: int, rows: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
     """`_axis`, some rows at a time: which of the r*i they read at all, [k], and with which weights, [rows, k]."""
     bands = _axis(protocol, own, resized, patches).split(rows)
     read = [band.any(dim=0).nonzero()[:, 0] for band in bands]
-    return [(which, band[:, which]) for which, band in zip(read, bands, strict=True)]
+    return [(which.to(device), band[:, which].to(device)) for which, band in zip(read, bands, strict=True)]
 
 
 def _linear(lines: Tensor, size: int) -> Tensor:

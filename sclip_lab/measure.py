@@ -123,12 +123,13 @@ class Measurement:
         refined = [{r: r(p.image, self.protocol, clip.mean, clip.std) for r in refiners} for p in pictures]
         truths = [{name: _on(clip.device, truth).long() for name, truth in p.truths.items()} for p in pictures]
         for cells, tokens in self._readings(trunk):
-            scores = cosines(tokens, vectors, trunk.grid).split(sizes)  # n q i j of each picture
-            if not tokens.isfinite().all():
-                bad = next(p.key for p, own in zip(pictures, scores, strict=True) if not own.isfinite().all())
+            scores = cosines(tokens, vectors, trunk.grid)  # n q i j
+            each = scores.split(sizes)
+            if not scores.isfinite().all():
+                bad = next(p.key for p, own in zip(pictures, each, strict=True) if not own.isfinite().all())
                 name = canonical(self.cells[cells[0]][0][0])
                 raise ValueError(f"attention {name} makes NaN or infinite features of picture {bad!r}")
-            for picture, own, refinement, truth in zip(pictures, scores, refined, truths, strict=True):
+            for picture, own, refinement, truth in zip(pictures, each, refined, truths, strict=True):
                 parts = own.split([len(words.vectors) for words in asked.values()], dim=1)
                 of = dict(zip(asked, parts, strict=True))
                 for cell in cells:

@@ -55,7 +55,7 @@ def sweep(
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
-    asked = [(dataset, queries(clip, dataset.classes)) for dataset in sets]
+    asked = [(dataset, queries(clip, dataset.classes).to("cpu")) for dataset in sets]
     reads = map(Readout.parse, _listed(readouts))
     variants = list(product(_named(attentions), reads, _places(layers), _listed(refiners)))
     wanted: dict[Head, None] = {}  # in order

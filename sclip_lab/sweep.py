@@ -46,12 +46,16 @@ def sweep(
     together in a tuple, such as ((-1,), (-2, -1)). `limit`: pictures per dataset.
     `store`: a file of that name in the folder of results is read first, only what is missing in it is measured, and
     what is measured is added; without it, all is measured. An attention without a spec is known by its `__name__`, in
-    the file too: choose another when you change it. Pictures are measured side by side (see `side_by_side`), so that an
+    the file too: choose another when you change it. Pictures are measured side by side (see `parallel`), so that an
     attention must keep nothing between its calls.
 
     `refiners`: what refines the logits, such as `refine.Pamr()`; None: nothing. It is named in the column `labelling`.
     A picture whose files cannot be used is left out of all cells, with a warning that names it; where `strict`, it ends
     the sweep with `BrokenImage`.
+
+    `n_jobs`: among how many processes joblib spreads the pictures, -1 for one per core, or whatever workers
+    `joblib.parallel_config` names, as those of a Dask cluster; None: threads of this process. The counts are the same.
+    Give the model by its name then, and each process loads it once.
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]

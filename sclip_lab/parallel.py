@@ -79,11 +79,14 @@ def _ahead(pool: ThreadPoolExecutor, read: Callable[[str], Read], keys: Iterable
 def in_shards(work: Callable[[Sequence[str]], Iterable[Result]], keys: Sequence[str], n_jobs: int) -> Iterator[Result]:
     """What `work` makes of shards of the keys, as they come, by joblib: on `n_jobs` processes (-1: all cores).
 
-    Or on whatever `joblib.parallel_config` names around the call, as the workers of a Dask cluster.
+    Or on whatever `joblib.parallel_config` names around the call, as the workers of a Dask cluster, of which two should
+    be there: with a single one joblib does the work here, with none it gives up after ten seconds.
     """
     from joblib import Parallel, delayed, effective_n_jobs
 
     size = max(min(SHARD, len(keys) // (4 * effective_n_jobs(n_jobs))), 1)
     shards = (keys[start : start + size] for start in range(0, len(keys), size))
-    for results in Parallel(n_jobs, return_as="generator_unordered")(delayed(work)(shard) for shard in shards):
+    # All are handed out at once: joblib's default is as many as keep busy the workers that are there at the beginning.
+    parallel = Parallel(n_jobs, pre_dispatch="all", return_as="generator_unordered")
+    for results in parallel(delayed(work)(shard) for shard in shards):
         yield from results

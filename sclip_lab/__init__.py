@@ -12,11 +12,12 @@ from sclip_lab.datasets import datasets, load_dataset
 from sclip_lab.label import Labelling
 from sclip_lab.later import repair
 from sclip_lab.protocol import Protocol
+from sclip_lab.readout import Readout
 from sclip_lab.registry import attention, canonical, variant, variants
 from sclip_lab.segment import Segmentation, logits, segment
 from sclip_lab.summary import compare, summarise
 from sclip_lab.sweep import sweep
-from sclip_lab.trunk import Readout, Site, Trunk, dense, encode
+from sclip_lab.trunk import Site, Trunk, dense, encode
 
 __all__ = [
     "Clip", "Labelling", "Protocol", "Readout", "Segmentation", "Site", "Trunk", "affinity", "attention",

@@ -19,12 +19,13 @@ from sclip_lab.images import pixels
 from sclip_lab.metrics import IGNORE, tally
 from sclip_lab.parallel import in_batches, side_by_side
 from sclip_lab.protocol import Protocol, Stitched, windows
+from sclip_lab.readout import Readout
 from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention, canonical
 from sclip_lab.segment import cosines
 from sclip_lab.store import Record
 from sclip_lab.text import Queries
-from sclip_lab.trunk import Readout, Trunk, encode, readings
+from sclip_lab.trunk import Trunk, encode, readings
 
 Layers = tuple[int, ...]
 Variant = tuple[Attention, Readout, Layers, Refiner | None]

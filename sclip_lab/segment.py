@@ -21,10 +21,11 @@ from sclip_lab.files import replacing
 from sclip_lab.images import MEAN, STD, Source, pixels, read
 from sclip_lab.label import Labelling
 from sclip_lab.protocol import Protocol, Stitched, stitch, windows
+from sclip_lab.readout import Readout
 from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention
 from sclip_lab.text import queries as embed
-from sclip_lab.trunk import Readout, Trunk, dense, encode
+from sclip_lab.trunk import Trunk, dense, encode
 
 
 def trunk_of(

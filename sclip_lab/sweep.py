@@ -19,11 +19,11 @@ from sclip_lab.files import results
 from sclip_lab.measure import Asked, Cell, Layers, Measurement
 from sclip_lab.parallel import in_shards, progress
 from sclip_lab.protocol import Protocol
+from sclip_lab.readout import Readout
 from sclip_lab.refine import Refiner
 from sclip_lab.registry import Attention, attention, canonical
 from sclip_lab.store import HEAD, TEXT, Head, Store
 from sclip_lab.text import queries
-from sclip_lab.trunk import Readout
 
 
 def sweep(

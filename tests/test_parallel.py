@@ -9,10 +9,10 @@ from sclip_lab import Clip, Protocol, load, load_dataset, scenes, sweep
 from sclip_lab.datasets import Dataset
 from sclip_lab.measure import Measurement
 from sclip_lab.parallel import in_batches, in_shards
+from sclip_lab.readout import Readout
 from sclip_lab.registry import attention
 from sclip_lab.store import COUNTS
 from sclip_lab.text import queries
-from sclip_lab.trunk import Readout
 
 PROTOCOL = Protocol(96, 96, 48)
 KEYS = [str(number) for number in range(150)]

@@ -10,8 +10,9 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 
 from sclip_lab.attention import affinity
+from sclip_lab.readout import Readout
 from sclip_lab.registry import attention
-from sclip_lab.trunk import Readout, branch, dense, encode
+from sclip_lab.trunk import branch, dense, encode
 
 GRIDS = {"native": (4, 4), "wide": (3, 7), "large": (9, 6), "as many patches as native": (2, 8), "one patch": (1, 1)}
 TOWERS = {

@@ -54,15 +54,15 @@ def in_batches(
         coming = _ahead(pool, read, keys)
         while batch := batch + list(islice(coming, max(size - len(batch), 0))):
             try:
-                done = list(work(batch[:size]))
+                yield from list(work(batch[:size]))
+                batch = batch[size:]
+                continue
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                size = min(size, len(batch)) // 2 or 1
-                torch.cuda.empty_cache()
-                continue
-            yield from done
-            batch = batch[size:]
+            # Only here is it forgotten what the failure had held.
+            size = min(size, len(batch)) // 2 or 1
+            torch.cuda.empty_cache()
 
 
 def _ahead(pool: ThreadPoolExecutor, read: Callable[[str], Read], keys: Iterable[str]) -> Iterator[Read]:

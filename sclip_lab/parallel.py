@@ -83,10 +83,12 @@ def in_shards(work: Callable[[Sequence[str]], Iterable[Result]], keys: Sequence[
     be there: with a single one joblib does the work here, with none it gives up after ten seconds.
     """
     from joblib import Parallel, delayed, effective_n_jobs
+    from joblib.parallel import get_active_backend
 
     size = max(min(SHARD, len(keys) // (4 * effective_n_jobs(n_jobs))), 1)
     shards = (keys[start : start + size] for start in range(0, len(keys), size))
     # All are handed out at once: joblib's default is as many as keep busy the workers that are there at the beginning.
-    parallel = Parallel(n_jobs, pre_dispatch="all", return_as="generator_unordered")
+    comes = get_active_backend()[0].supports_return_generator  # those of Ray and Spark answer at the end only
+    parallel = Parallel(n_jobs, pre_dispatch="all", return_as="generator_unordered" if comes else "list")
     for results in parallel(delayed(work)(shard) for shard in shards):
         yield from results

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import parallel_config
 
 from sclip_lab import Clip, Protocol, load, load_dataset, scenes, sweep
 from sclip_lab.datasets import Dataset
@@ -75,8 +76,10 @@ def test_pictures_of_several_shapes_in_a_batch_are_counted_as_one_by_one(clip: C
             assert all(np.abs(a - b).sum() <= 4 for (*_, a), (*_, b) in zip(one, other, strict=True))
 
 
-def test_shards_are_of_all_keys_and_every_one_is_done_once() -> None:
-    assert sorted(in_shards(list, KEYS, 2)) == sorted(KEYS)
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])  # the second answers at the end only
+def test_shards_are_of_all_keys_and_every_one_is_done_once(backend: str) -> None:
+    with parallel_config(backend):
+        assert sorted(in_shards(list, KEYS, 2)) == sorted(KEYS)
 
 
 def test_processes_measure_what_threads_do_with_attentions_of_ones_own() -> None:

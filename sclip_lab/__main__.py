@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import sclip_lab
+from sclip_lab import train_zegclip
 
 OPENAI = "ViT-B-16-quickgelu:openai"
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sclip_lab: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -48,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("name")
     get.add_argument("--root", type=Path, help="the folder of all data; SCLIP_DATA unless given")
     get.set_defaults(run=_get)
+
+    train = commands.add_parser("train", help="train a system on the seen classes of a split")
+    systems = train.add_subparsers(required=True, metavar="SYSTEM")
+    train_zegclip.command(systems.add_parser("zegclip", help="ZegCLIP (Zhou et al., CVPR 2023)"))
     return parser
 
 

@@ -78,7 +78,7 @@ def _scene(side: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     return images[0], labels[0]
 
 
-def measured(clip: Clip, rounds: int = 3) -> pd.DataFrame:
+def measured(clip: Clip, rounds: int = 2) -> pd.DataFrame:
     """One row per part, quantity and size: `time`, a multiple of the smallest size's, and `memory` in MB."""
     asked = [("sweep", *each) for each in SIZES.items()]
     asked += [("labelling", *each) for each in SIZES.items() if each[0] not in ("images", "variants")]

@@ -96,7 +96,7 @@ def main() -> None:
     table = (pd.DataFrame({"tensors": tensors, "process": process}) / 1e6).rename_axis("what")
     with replacing(home() / "data" / "results" / "memory.csv") as temporary:
         table.round(1).to_csv(temporary)
-    print(_markdown(table.round(1).reset_index()))
+    print(_markdown(table.round(1).astype(str).replace("nan", "").reset_index()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What labelling holds in memory beside the released code's one-hot maximum, and whether pictures add up.
 
-    python benchmarks/memory.py            on the processor; a minute or two
+    python benchmarks/memory.py            on the processor; two minutes
 
 Prints Markdown and writes data/results/memory.csv, in MB of 10^6 bytes. `tensors`: the most that tensors held at once,
 on one thread, pictures and weights left out; the same in every run. `process`: the largest resident set of a process of
-its own that does nothing else, with Python, torch, input and weights; "nothing" only imports them.
+its own that does nothing else, with Python, torch, pictures and weights; "nothing" only imports the libraries. There
+pictures go side by side, as many as there are threads: one picture holds less than two. It differs from run to run.
 """
 
 import sys
@@ -96,7 +97,7 @@ def main() -> None:
     table = (pd.DataFrame({"tensors": tensors, "process": process}) / 1e6).rename_axis("what")
     with replacing(home() / "data" / "results" / "memory.csv") as temporary:
         table.round(1).to_csv(temporary)
-    print(_markdown(table.round(1).astype(str).replace("nan", "").reset_index()))
+    print(_markdown(table.round(1).astype(object).fillna("").reset_index()))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py             on the processor, or on the GPU where there is one; some minutes
 
-Prints Markdown and writes data/results/speed-DEVICE.csv. Pictures are photographs where SCLIP_PHOTOS names a folder of
-them, scenes of VOC's size otherwise; weights are random unless SCLIP_MODEL names some. The plain loop runs once per
-variant; between its variants the lab's two sweeps are timed again and again, and the median is taken.
+Prints tables and writes data/results/speed-DEVICE.csv. Pictures are photographs where SCLIP_PHOTOS names a folder of
+them, scenes of VOC's size otherwise; weights are random unless SCLIP_MODEL names some. The plain loop labels the same
+pictures once for each of PLAIN, a quarter of the variants, and its seconds are multiplied by four. After each of these
+the lab's sweeps and the products of the tower are timed once more. Medians are kept.
 """
 
 from collections.abc import Callable
@@ -27,9 +28,18 @@ from sclip_lab.protocol import Stitched
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import Queries
 
-PICTURES, PLAIN_BETWEEN = 1, 4
+PICTURES, PROTOCOL, PLAIN = 2, Protocol(), VARIANTS[::4]
 KINDS = {"VOC-like, 56 words": (VOC, Labelling(65, 0.1, 0.1)), "COCO-Stuff-like, 171 words": (STUFF, Labelling())}
-PROTOCOL = Protocol()
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+READOUTS = ("full", "no_mlp", "no_residual", "bare")
+GRIDS = {  # attentions, read-outs
+    "one": (VARIANTS[:1], READOUTS[:1]),
+    "twenty": (VARIANTS, READOUTS[:1]),
+    "one_bare": (VARIANTS[:1], READOUTS[-1:]),
+    "twenty_bare": (VARIANTS, READOUTS[-1:]),
+    "five_by_four": (VARIANTS[:5], READOUTS),
+}
+Setting = tuple[Clip, Dataset, Queries]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -40,72 +50,79 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - begin
 
 
-def swept(clip: Clip, dataset: Dataset, vocabulary: Queries, variants: tuple[str, ...]) -> Measurement:
-    """What `sweep` does with the pictures, words being known."""
-    wanted = ((attention(spec), Readout(), (-1,), None) for spec in variants)
-    return Measurement.of(clip, clip.name, PROTOCOL, product(wanted, [(dataset, vocabulary)]), strict=True)
+def sweeps(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, Callable[[], object]]:
+    """What `sweep` does with the pictures for each of the GRIDS, the words being known."""
+    works = {}
+    for name, (specs, readouts) in GRIDS.items():
+        variants = ((attention(spec), Readout.parse(key), (-1,), None) for spec, key in product(specs, readouts))
+        work = Measurement.of(clip, clip.name, PROTOCOL, product(variants, [(dataset, vocabulary)]), strict=True)
+        works[name] = partial(work.shard, dataset.keys)
+    return works
 
 
 @torch.no_grad()
-def labels(clip: Clip, dataset: Dataset, vocabulary: Queries, spec: str, key: str) -> torch.Tensor:
+def labels(clip: Clip, dataset: Dataset, vocabulary: Queries, key: str) -> dict[str, torch.Tensor]:
+    """Label maps of a picture, by variant."""
     picture, _ = dataset.read(key)
     trunk = trunk_of(clip.visual, picture, PROTOCOL, clip.mean, clip.std)
-    stitched = Stitched(scores(trunk, vocabulary.vectors, spec), PROTOCOL, picture.shape[:2])
-    return dataset.labelling(stitched, vocabulary.query_class)
+    stitched = {spec: Stitched(scores(trunk, vocabulary.vectors, spec), PROTOCOL, picture.shape[:2]) for spec in PLAIN}
+    return {spec: dataset.labelling(logits, vocabulary.query_class).cpu() for spec, logits in stitched.items()}
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The machine's operations per second in the largest product of the tower, the windows of a picture at once."""
-    left, right = (torch.randn(size, dtype=dtype, device=device) for size in ((6 * 197, 768), (768, 3072)))
-    return 2 * 6 * 197 * 768 * 3072 / median(seconds(lambda: left @ right) for _ in range(50))
+def trunk_share(clip: Clip, dataset: Dataset) -> Callable[[], float]:
+    """The share of the machine's rate, in the tower's largest product, that the trunk of a picture reaches."""
+    picture, device, dtype = dataset.read(dataset.keys[0])[0], clip.device, clip.visual.conv1.weight.dtype
+    trunk = torch.no_grad()(partial(trunk_of, clip.visual, picture, PROTOCOL, clip.mean, clip.std))
+    operations, rows = flops(trunk), 6 * 197  # the windows of a picture at once
+    left, right = (torch.randn(size, dtype=dtype, device=device) for size in ((rows, 768), (768, 3072)))
 
+    def share() -> float:
+        rate = 2 * rows * 768 * 3072 / median(seconds(lambda: left @ right) for _ in range(30))
+        return operations / median(seconds(trunk) for _ in range(3)) / rate
 
-def timed(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, float]:
-    """Seconds of one variant and of twenty, and the share of the machine's rate that the trunk of a picture reaches."""
-    image, _ = dataset.read(dataset.keys[0])
-    trunk = torch.no_grad()(partial(trunk_of, clip.visual, image, PROTOCOL, clip.mean, clip.std))
-    rate = flops(trunk) / seconds(trunk)
-    one, twenty = (swept(clip, dataset, vocabulary, VARIANTS[:number]) for number in (1, len(VARIANTS)))
-    return {
-        "one": seconds(lambda: one.shard(dataset.keys)),
-        "twenty": seconds(lambda: twenty.shard(dataset.keys)),
-        "trunk_share": rate / product_rate(clip.visual.conv1.weight.dtype, clip.device),
-    }
+    return share
 
 
 def compared(kind: str) -> pd.DataFrame:
-    """One row per precision, seconds for all pictures."""
+    """One row per precision: median seconds for all pictures, ratios of them, and the share of labels in common."""
     synonyms, labelling = KINDS[kind]
-    exact, dataset = vit_b16(), pictures(PICTURES, labelling)
-    clips, vocabulary = {"float32": exact, "bfloat16": vit_b16(torch.bfloat16)}, words(exact, synonyms)
-    spent, rounds, same = 0.0, [], []
-    for number, spec in enumerate(VARIANTS, start=1):
+    clips, dataset = {name: vit_b16(dtype) for name, dtype in PRECISIONS.items()}, pictures(PICTURES, labelling)
+    exact = clips["float32"]
+    vocabulary = words(exact, synonyms)
+    works = {name: sweeps(clip, dataset, vocabulary) for name, clip in clips.items()}
+    shares = {name: trunk_share(clip, dataset) for name, clip in clips.items()}
+    own = {(name, key): labels(clip, dataset, vocabulary, key) for name, clip in clips.items() for key in dataset.keys}
+    rows, same = [], []
+    for spec in PLAIN:
+        spent = 0.0
         for key in dataset.keys:
-            image, begin = dataset.read(key)[0], perf_counter()
-            plain = plain_loop(exact, image, vocabulary, spec, PROTOCOL, labelling).cpu()
+            picture, begin = dataset.read(key)[0], perf_counter()
+            plain = plain_loop(exact, picture, vocabulary, spec, PROTOCOL, labelling).cpu()
             spent += perf_counter() - begin
-            for name, clip in clips.items():
-                own = labels(clip, dataset, vocabulary, spec, key).cpu()
-                same.append({"precision": name, "same_labels": (own == plain).float().mean().item()})
-        if number % PLAIN_BETWEEN == 0:
-            rounds += [{"precision": name, **timed(clip, dataset, vocabulary)} for name, clip in clips.items()]
-    table = pd.DataFrame(rounds).groupby("precision", sort=False).median()
-    table = table.join(pd.DataFrame(same).groupby("precision").mean())
-    table["twenty_over_one"] = table["twenty"] / table["one"]
-    table["plain_over_twenty"] = spent / table["twenty"]
-    return table.assign(vocabulary=kind, pictures=f"{PICTURES} {dataset.name}", model=exact.name, plain=spent)
+            same += [(name, (own[name, key][spec] == plain).float().mean().item()) for name in clips]
+        for name in clips:
+            took = {grid: seconds(work) for grid, work in works[name].items()}
+            rows.append({"precision": name, "plain": spent, **took, "trunk_share": shares[name]()})
+    table = pd.DataFrame(rows).groupby("precision", sort=False).median()
+    table = table.join(pd.DataFrame(same, columns=["precision", "same_labels"]).groupby("precision").mean())
+    table["twenty/one"], table["twenty/one, bare"] = (
+        table["twenty"] / table["one"],
+        table["twenty_bare"] / table["one_bare"],
+    )
+    table["five x four/one"] = table["five_by_four"] / table["one"]
+    table["plain x 20/twenty"] = len(VARIANTS) * table["plain"] / table["twenty"]
+    return table.assign(vocabulary=kind, pictures=f"{PICTURES} {dataset.name}", model=exact.name)
 
 
 def main() -> None:
-    table = pd.concat(map(compared, KINDS)).reset_index()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"protocol {PROTOCOL}, {device}, {torch.get_num_threads()} threads")
+    tables = []
+    for kind in KINDS:
+        tables.append(compared(kind))
+        print(tables[-1].round(4).T.to_string(), flush=True)
     with replacing(home() / "data" / "results" / f"speed-{device.replace(' ', '-')}.csv") as temporary:
-        table.round(4).to_csv(temporary, index=False)
-    shown = ["vocabulary", "precision", "twenty_over_one", "plain_over_twenty", "trunk_share", "same_labels"]
-    print(
-        f"{table['model'][0]}, {table['pictures'][0]}, protocol {PROTOCOL}, {device}, {torch.get_num_threads()} threads"
-    )
-    print(table[shown].round(4).to_string(index=False))
+        pd.concat(tables).round(4).to_csv(temporary)
 
 
 if __name__ == "__main__":

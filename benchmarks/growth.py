@@ -1,6 +1,6 @@
 """How time and memory grow with images, variants, queries, the protocol's short side and the pictures' own side.
 
-    python benchmarks/growth.py            on the processor; two or three minutes
+    python benchmarks/growth.py            on the processor; some minutes
 
 Prints Markdown and writes data/results/growth.csv and figures/benchmarks/growth.png. The model is a ViT-B/16 of random
 weights, or SCLIP_MODEL. Time is the least of some rounds in which all cases take turns, on one thread, and is told as a
@@ -22,7 +22,7 @@ import torch
 from bundled import _markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import linregress, t
+from scipy.stats import t
 from setting import VARIANTS, vit_b16, words
 
 from sclip_lab import Clip, Labelling, Protocol, Readout, attention, scenes
@@ -78,7 +78,7 @@ def _scene(side: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     return images[0], labels[0]
 
 
-def measured(clip: Clip, rounds: int = 2) -> pd.DataFrame:
+def measured(clip: Clip, rounds: int = 3) -> pd.DataFrame:
     """One row per part, quantity and size: `time`, a multiple of the smallest size's, and `memory` in MB."""
     asked = [("sweep", *each) for each in SIZES.items()]
     asked += [("labelling", *each) for each in SIZES.items() if each[0] not in ("images", "variants")]
@@ -104,9 +104,11 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 def exponent(sizes: pd.Series, values: pd.Series) -> dict[str, float]:
     """The least squares slope of log values in log sizes, and the 95 % interval of its residuals."""
-    line = linregress(np.log(sizes), np.log(values))
-    margin = t.ppf(0.975, len(sizes) - 2) * line.stderr
-    return {"exponent": line.slope, "low": line.slope - margin, "high": line.slope + margin}
+    x, y = np.log(sizes), np.log(values)
+    slope, level = np.polyfit(x, y, 1)
+    error = np.sqrt(((y - slope * x - level) ** 2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
+    margin = t.ppf(0.975, len(x) - 2) * error
+    return {"exponent": slope, "low": slope - margin, "high": slope + margin}
 
 
 def drawn(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:

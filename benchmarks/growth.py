@@ -9,7 +9,7 @@ every run. An exponent is the slope of a line through the logarithms, its interv
 says how well a power describes the sizes that were tried.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from math import prod
@@ -32,6 +32,7 @@ from sclip_lab.files import home, replacing
 from sclip_lab.measure import Measurement
 from sclip_lab.plots import save
 from sclip_lab.protocol import Stitched
+from sclip_lab.text import Queries
 
 LABELLING = Labelling(50, 0.1)
 GRID = 14  # patches along a side of a window, as in a ViT-B/16
@@ -53,10 +54,8 @@ def sweep(
     """All that a sweep does with scenes of `side` x 4/3 `side` pixels, one after the other."""
     drawn, keys = [_scene(side, number) for number in range(images)], tuple(map(str, range(images)))
     dataset = Dataset("scenes", "scenes", (), keys, lambda key: drawn[int(key)], LABELLING)
-    wanted = product(VARIANTS[:variants], [(dataset, words(clip, [1] * queries))])
-    asked = (((attention(spec), Readout(), (-1,), None), what) for spec, what in wanted)
-    measurement = Measurement.of(clip, clip.name, Protocol(short_side), asked, strict=True)
-    return partial(one_by_one, measurement, keys)
+    vocabulary, protocol = words(clip, [1] * queries), Protocol(short_side)
+    return partial(one_by_one, measurement(clip, dataset, vocabulary, VARIANTS[:variants], protocol), keys)
 
 
 def labelling(queries: int = 64, short_side: int = 224, side: int = 480) -> Work:
@@ -67,10 +66,18 @@ def labelling(queries: int = 64, short_side: int = 224, side: int = 480) -> Work
     return lambda: LABELLING(Stitched(scores, protocol, size), torch.arange(queries))
 
 
-def one_by_one(measurement: Measurement, keys: tuple[str, ...]) -> None:
+def measurement(
+    clip: Clip, dataset: Dataset, vocabulary: Queries, specs: Sequence[str], protocol: Protocol
+) -> Measurement:
+    """What `sweep` does with the pictures, the words being known."""
+    variants = ((attention(spec), Readout(), (-1,), None) for spec in specs)
+    return Measurement.of(clip, clip.name, protocol, product(variants, [(dataset, vocabulary)]), strict=True)
+
+
+def one_by_one(asked: Measurement, keys: Sequence[str]) -> None:
     """Measure pictures on this thread, the only one on which `peak` sees tensors."""
     for key in keys:
-        measurement.count([measurement.read(key)])
+        asked.count([asked.read(key)])
 
 
 def _scene(side: int, number: int) -> tuple[np.ndarray, np.ndarray]:

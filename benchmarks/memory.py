@@ -9,7 +9,7 @@ pictures go side by side, as many as there are threads: one picture holds less t
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -18,18 +18,17 @@ from resource import RUSAGE_SELF, getrusage
 import pandas as pd
 import torch
 from bundled import _markdown
-from growth import one_by_one
+from growth import measurement, one_by_one
 from plain_loop import postprocess
 from setting import OBJECT, VOC, pictures, vit_b16, words
-from speed import PROTOCOL, swept
 
-from sclip_lab import Labelling
+from sclip_lab import Labelling, Protocol
 from sclip_lab.cost import peak
 from sclip_lab.files import home, replacing
 from sclip_lab.measure import Measurement
 from sclip_lab.protocol import Stitched
 
-SIZE = 480, 640
+PROTOCOL, SIZE = Protocol(), (480, 640)
 QUERY_CLASS = torch.arange(len(OBJECT)).repeat_interleave(torch.tensor(OBJECT))  # 113 queries, 81 classes
 LABELLINGS = Labelling(50, 0.1), Labelling()
 PICTURES = 1, 4, 16
@@ -56,13 +55,13 @@ def one_hot(labelling: Labelling, size: tuple[int, int] = SIZE) -> float:
 
 def sweep(number: int) -> None:
     """One variant on so many pictures, as a sweep does it."""
-    measurement, keys = _measurement(number)
-    measurement.shard(keys)
+    asked, keys = _asked(number)
+    asked.shard(keys)
 
 
-def _measurement(number: int) -> tuple[Measurement, tuple[str, ...]]:
+def _asked(number: int) -> tuple[Measurement, Sequence[str]]:
     clip, dataset = vit_b16(), pictures(number, Labelling(65, 0.1, 0.1))
-    return swept(clip, dataset, words(clip, VOC), ("csa",)), dataset.keys
+    return measurement(clip, dataset, words(clip, VOC), ("csa",), PROTOCOL), dataset.keys
 
 
 def nothing() -> None:
@@ -91,9 +90,9 @@ def main() -> None:
     for each in LABELLINGS:
         tensors |= {f"one-hot {each}": one_hot(each), f"lab {each}": peak(partial(lab, each))}
     for number in PICTURES:
-        measurement, keys = _measurement(number)
-        list(map(measurement.read, keys))  # scenes keep the textures that they draw for the first time
-        tensors[f"sweep {number}"] = peak(partial(one_by_one, measurement, keys))
+        asked, keys = _asked(number)
+        list(map(asked.read, keys))  # scenes keep the textures that they draw for the first time
+        tensors[f"sweep {number}"] = peak(partial(one_by_one, asked, keys))
     table = (pd.DataFrame({"tensors": tensors, "process": process}) / 1e6).rename_axis("what")
     with replacing(home() / "data" / "results" / "memory.csv") as temporary:
         table.round(1).to_csv(temporary)

@@ -81,7 +81,7 @@ def _check(options: argparse.Namespace) -> int:
 
     found = check(_root(options.root), options.only)
     print("\n".join(map(str, found)))
-    return int(any(one.missing for one in found))
+    return int(any(one.incomplete for one in found))
 
 
 def _get(options: argparse.Namespace) -> int:

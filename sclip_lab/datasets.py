@@ -115,8 +115,8 @@ def benchmarks(limit: int | None = None) -> dict[str, Dataset]:
     if chosen() == "tiny" or not (root := os.environ.get("SCLIP_DATA")):
         return {name: load_dataset(name, limit=limit) for name, *_ in KINDS.values()}
     number = os.environ.get("SCLIP_LIMIT") or None
-    if number and not number.isdigit():
-        raise ValueError(f"SCLIP_LIMIT={number!r}: expected a number of pictures")
+    if number and not (number.isdecimal() and int(number) > 0):
+        raise ValueError(f"SCLIP_LIMIT={number!r}: expected a number of pictures, at least 1")
     every = {name: _there(name, root, number and int(number)) for name in BENCHMARKS}
     if not any(every.values()):
         hint = f"`python -m sclip_lab data check {root}` says what to get"

@@ -102,12 +102,19 @@ class Found:
     expected: int
     missing: dict[str, str]
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether files are missing, or pictures: more than the few by which counts from memory may be wrong."""
+        return bool(self.missing) or self.pictures < 0.99 * self.expected
+
     def __str__(self) -> str:
         users = ", ".join(name for name, row in BENCHMARKS.items() if row.pictures == self.name)
         whole = "complete, " if self.pictures == self.expected and not self.missing else ""
         lines = [f"{self.name} ({users}): {whole}{self.pictures} of {self.expected} pictures"]
         lines += [f"    missing {part}: {path}" for part, path in self.missing.items()]
-        wanted = [one for one in ARCHIVES[self.name] if set(one.holds) & set(self.missing)]
+        lines += ["    pictures are missing"] if self.incomplete and not self.missing else []
+        parts = set(self.missing) or set(ALL if self.incomplete else ())
+        wanted = [one for one in ARCHIVES[self.name] if set(one.holds) & parts]
         lines += [f"    get {_origin(one)}, unpack it into {self.root / one.into}" for one in wanted]
         if wanted and all(one.url for one in wanted):
             lines += [f"    or let `python -m sclip_lab data get {self.name} --root {self.root}` do it"]

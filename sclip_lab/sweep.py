@@ -81,7 +81,10 @@ def sweep(
     if broken:
         named = "; ".join(sorted(map(str, broken)))
         warnings.warn(f"pictures left out, {len(broken)} in all: {named:.2000}", stacklevel=2)
-    return _rows(table.frame, list(wanted))
+    frame = _rows(table.frame, list(wanted))
+    if broken and frame.empty:
+        raise BrokenImage(f"no picture is left to measure on; the first: {min(map(str, broken))}")
+    return frame
 
 
 def _lacking(whole: Measurement, keys: Sequence[str], known: Collection[Head]) -> list[tuple[Measurement, list[str]]]:

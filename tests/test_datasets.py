@@ -265,7 +265,8 @@ def test_notebooks_study_of_each_kind_the_first_benchmark_that_is_there(tmp_path
     picture.touch()
     assert _studied(monkeypatch, **both)["everything"] == ("ade20k", 1)
     assert {name: len(dataset.keys) for name, dataset in benchmarks(7).items()} == {"voc21": 3, "voc20": 3, "ade20k": 1}
-    with pytest.raises(ValueError, match=r"^SCLIP_LIMIT='many': expected a number"):
-        _studied(monkeypatch, SCLIP_LIMIT="many", **both)
+    for wrong in ("many", "0", "-3", "²"):
+        with pytest.raises(ValueError, match=rf"^SCLIP_LIMIT='{wrong}': expected a number"):
+            _studied(monkeypatch, SCLIP_LIMIT=wrong, **both)
     with pytest.raises(FileNotFoundError, match=r"^SCLIP_DATA=.*nowhere' holds none of voc21, "):
         _studied(monkeypatch, SCLIP_MODEL="ViT-B-32:openai", SCLIP_DATA=tmp_path / "nowhere")

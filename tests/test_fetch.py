@@ -223,6 +223,9 @@ def test_check_says_what_is_there_what_is_missing_and_where_to_get_it(tmp_path: 
     mask.touch()
     only, *others = check(tmp_path, ["voc21", "voc20"])
     assert (only.missing, others) == ({}, [])
+    assert only.incomplete  # two pictures of 1449, whatever the owner's list says
+    assert "pictures are missing" in str(only)
+    assert ARCHIVES["voc2012"][0].url in str(only)
 
 
 def test_check_calls_complete_what_has_all_pictures_and_masks(tmp_path: Path) -> None:
@@ -234,6 +237,7 @@ def test_check_calls_complete_what_has_all_pictures_and_masks(tmp_path: Path) ->
             (tmp_path / "cityscapes" / path).touch()
         masks.append(tmp_path / "cityscapes" / path)
     assert str(check(tmp_path, ["cityscapes"])[0]) == "cityscapes (cityscapes): complete, 500 of 500 pictures"
+    assert not check(tmp_path, ["cityscapes"])[0].incomplete
     for mask in masks[7:9]:
         mask.unlink()
     said = str(check(tmp_path, ["cityscapes"])[0])

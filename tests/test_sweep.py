@@ -126,6 +126,8 @@ def test_a_broken_picture_is_named_and_left_out_unless_strict(clip: Clip, folder
     whole = sweep(clip, "scenes-full", ["csa", "kk"], PROTOCOL, limit=3)
     rest = whole[whole["image"] != "1"].reset_index(drop=True)
     pd.testing.assert_frame_equal(frame[COUNTS], rest[COUNTS])
+    with pytest.warns(UserWarning, match="1 in all"), pytest.raises(BrokenImage, match=r"no picture is left .*1\.png"):
+        sweep(clip, replace(dataset, keys=("1",)), "csa", PROTOCOL)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -5,6 +5,7 @@ Prints Markdown and writes data/results/bundled.csv. Takes about a minute on two
 
 import pandas as pd
 import torch
+from setting import markdown
 
 from sclip_lab import Clip, Protocol, attention, compare, dense, encode, load, scenes, summarise, sweep
 from sclip_lab.datasets import HELD_OUT, SCENES
@@ -46,21 +47,16 @@ def main() -> None:
         lambda c: "" if c == "all" else f": {c}"
     )
     wide = table.pivot_table(index=["readout", "attention"], columns="of", values="miou", aggfunc="first", sort=False)
-    print(_markdown(wide.reset_index()), "\n")
+    print(markdown(wide.reset_index()), "\n")
     full = frame[frame["dataset"] == "scenes-full"]
     for other in ("vanilla", "identity"):
         print(
-            _markdown(
+            markdown(
                 compare(full, "csa", other)[["readout", "a", "b", "difference", "low", "high", "images"]].round(2)
             ),
             "\n",
         )
-    print(_markdown(of_whole_pictures(clip).round(3).reset_index(names="on 96 x 96 pictures")))
-
-
-def _markdown(frame: pd.DataFrame) -> str:
-    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(markdown(of_whole_pictures(clip).round(3).reset_index(names="on 96 x 96 pictures")))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from bundled import _markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
-from setting import VARIANTS, vit_b16, words
+from setting import VARIANTS, markdown, vit_b16, words
 
 from sclip_lab import Clip, Labelling, Protocol, Readout, attention, scenes
 from sclip_lab.cost import Work, fastest, peak
@@ -151,8 +150,8 @@ def main() -> None:
         table.round(3).to_csv(temporary, index=False)
     save(drawn(table, fits), "benchmarks/growth")
     print(f"{clip.name}, pictures are scenes of 3 : 4, {LABELLING}, one thread\n")
-    print(_markdown(table.round(2)), "\n")
-    print(_markdown(fits.round(2)))
+    print(markdown(table.round(2)), "\n")
+    print(markdown(fits.round(2)))
 
 
 if __name__ == "__main__":

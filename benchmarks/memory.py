@@ -17,10 +17,9 @@ from resource import RUSAGE_SELF, getrusage
 
 import pandas as pd
 import torch
-from bundled import _markdown
 from growth import measurement, one_by_one
 from plain_loop import postprocess
-from setting import OBJECT, VOC, pictures, vit_b16, words
+from setting import OBJECT, VOC, markdown, pictures, vit_b16, words
 
 from sclip_lab import Labelling, Protocol
 from sclip_lab.cost import peak
@@ -96,7 +95,7 @@ def main() -> None:
     table = (pd.DataFrame({"tensors": tensors, "process": process}) / 1e6).rename_axis("what")
     with replacing(home() / "data" / "results" / "memory.csv") as temporary:
         table.round(1).to_csv(temporary)
-    print(_markdown(table.round(1).astype(object).fillna("").reset_index()))
+    print(markdown(table.round(1).astype(object).fillna("").reset_index()))
 
 
 if __name__ == "__main__":

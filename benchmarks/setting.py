@@ -7,6 +7,7 @@ import os
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
@@ -59,3 +60,9 @@ def pictures(number: int, labelling: Labelling) -> Dataset:
 def _scene(key: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     images, labels, _ = scenes.draw(1, 1, size, start=int(key))
     return images[0], labels[0]
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table for README."""
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def sweeps(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, Callable[[], object]]:
     """What `sweep` does with the pictures for each of the GRIDS, the words being known."""
-    works = {}
+    works: dict[str, Callable[[], object]] = {}
     for name, (specs, readouts) in GRIDS.items():
         variants = ((attention(spec), Readout.parse(key), (-1,), None) for spec, key in product(specs, readouts))
         work = Measurement.of(clip, clip.name, PROTOCOL, product(variants, [(dataset, vocabulary)]), strict=True)

@@ -11,7 +11,6 @@ says how well a power describes the sizes that were tried.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from math import prod
 
 import matplotlib.pyplot as plt
@@ -22,16 +21,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
-from setting import VARIANTS, markdown, vit_b16, words
+from setting import VARIANTS, markdown, measurement, vit_b16, words
 
-from sclip_lab import Clip, Labelling, Protocol, Readout, attention, scenes
+from sclip_lab import Clip, Labelling, Protocol, scenes
 from sclip_lab.cost import Work, fastest, peak
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import home, replacing
 from sclip_lab.measure import Measurement
 from sclip_lab.plots import save
 from sclip_lab.protocol import Stitched
-from sclip_lab.text import Queries
 
 LABELLING = Labelling(50, 0.1)
 GRID = 14  # patches along a side of a window, as in a ViT-B/16
@@ -63,14 +61,6 @@ def labelling(queries: int = 64, short_side: int = 224, side: int = 480) -> Work
     windows = prod(len(protocol.starts(length)) for length in protocol.resized(*size))
     scores = 0.03 * torch.randn(windows, queries, GRID, GRID, generator=torch.Generator().manual_seed(0))
     return lambda: LABELLING(Stitched(scores, protocol, size), torch.arange(queries))
-
-
-def measurement(
-    clip: Clip, dataset: Dataset, vocabulary: Queries, specs: Sequence[str], protocol: Protocol
-) -> Measurement:
-    """What `sweep` does with the pictures, the words being known."""
-    variants = ((attention(spec), Readout(), (-1,), None) for spec in specs)
-    return Measurement.of(clip, clip.name, protocol, product(variants, [(dataset, vocabulary)]), strict=True)
 
 
 def one_by_one(asked: Measurement, keys: Sequence[str]) -> None:

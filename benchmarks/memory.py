@@ -17,9 +17,9 @@ from resource import RUSAGE_SELF, getrusage
 
 import pandas as pd
 import torch
-from growth import measurement, one_by_one
+from growth import one_by_one
 from plain_loop import postprocess
-from setting import OBJECT, VOC, markdown, pictures, vit_b16, words
+from setting import OBJECT, VOC, markdown, measurement, pictures, vit_b16, words
 
 from sclip_lab import Labelling, Protocol
 from sclip_lab.cost import peak

@@ -4,16 +4,19 @@ Time depends on none of their values, so that random weights and word vectors do
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
-from sclip_lab import Clip, Labelling, load, load_dataset, scenes
+from sclip_lab import Clip, Labelling, Protocol, Readout, attention, load, load_dataset, scenes
 from sclip_lab.datasets import Dataset
 from sclip_lab.images import MEAN, STD
+from sclip_lab.measure import Measurement
 from sclip_lab.text import Queries
 
 VARIANTS = (
@@ -66,3 +69,16 @@ def markdown(frame: pd.DataFrame) -> str:
     """A table for README."""
     lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measurement(
+    clip: Clip,
+    dataset: Dataset,
+    vocabulary: Queries,
+    specs: Sequence[str],
+    protocol: Protocol,
+    readouts: Sequence[str] = ("full",),
+) -> Measurement:
+    """What `sweep` does with the pictures, the words being known."""
+    variants = ((attention(spec), Readout.parse(key), (-1,), None) for spec, key in product(specs, readouts))
+    return Measurement.of(clip, clip.name, protocol, product(variants, [(dataset, vocabulary)]), strict=True)

@@ -10,20 +10,18 @@ the lab's sweeps and the products of the tower are timed once more. Medians are 
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from statistics import median
 from time import perf_counter
 
 import pandas as pd
 import torch
 from plain_loop import plain_loop
-from setting import STUFF, VARIANTS, VOC, pictures, vit_b16, words
+from setting import STUFF, VARIANTS, VOC, measurement, pictures, vit_b16, words
 
-from sclip_lab import Clip, Labelling, Protocol, Readout, attention
+from sclip_lab import Clip, Labelling, Protocol
 from sclip_lab.cost import flops
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import home, replacing
-from sclip_lab.measure import Measurement
 from sclip_lab.protocol import Stitched
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import Queries
@@ -51,13 +49,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def sweeps(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, Callable[[], object]]:
-    """What `sweep` does with the pictures for each of the GRIDS, the words being known."""
-    works: dict[str, Callable[[], object]] = {}
-    for name, (specs, readouts) in GRIDS.items():
-        variants = ((attention(spec), Readout.parse(key), (-1,), None) for spec, key in product(specs, readouts))
-        work = Measurement.of(clip, clip.name, PROTOCOL, product(variants, [(dataset, vocabulary)]), strict=True)
-        works[name] = partial(work.shard, dataset.keys)
-    return works
+    """What `sweep` does with the pictures for each of the GRIDS."""
+    work = partial(measurement, clip, dataset, vocabulary, protocol=PROTOCOL)
+    return {name: partial(work(specs, readouts=keys).shard, dataset.keys) for name, (specs, keys) in GRIDS.items()}
 
 
 @torch.no_grad()

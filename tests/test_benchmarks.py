@@ -1,28 +1,23 @@
 """The benchmarks: the plain loop answers as the authors' code and as the lab, memory is what is claimed of it."""
 
-import sys
 from functools import partial
 from types import SimpleNamespace
 
+import growth
+import memory
 import pandas as pd
 import pytest
 import torch
+from plain_loop import plain_loop, postprocess
+from safetensors.torch import load_file
+from setting import OBJECT, STUFF, VARIANTS, VOC, words
 from test_label import authors_postprocess, cosines
 from test_parity import CASES, REFERENCE, authors
 
 from sclip_lab import Labelling, Protocol, load, logits, scenes
 from sclip_lab.cost import peak
-from sclip_lab.files import home
 from sclip_lab.images import read
 from sclip_lab.text import Queries
-
-sys.path.append(str(home() / "benchmarks"))
-
-import growth
-import memory
-from plain_loop import plain_loop, postprocess
-from safetensors.torch import load_file
-from setting import OBJECT, STUFF, VARIANTS, VOC, words
 
 FULL = [name for name, case in CASES["cases"].items() if case["residual_and_mlp"] and case["crop"]]
 

@@ -321,3 +321,21 @@ def test_layers_that_are_not_there_are_refused(visual, pixels, layer):
         dense(trunk, layers=(layer,))
     with pytest.raises(IndexError, match="layer 2 cannot be read at layer 1 of 4"):
         trunk.site(1).at(2)
+
+
+def test_affinities_are_shared_among_variants_and_computed_anew_where_a_gradient_is_wanted(visual, pixels):
+    with torch.no_grad():
+        site = encode(visual, pixels).site()
+        first, again = attention("qq")(site), attention("qq")(site)
+        assert first is again
+        torch.testing.assert_close(attention("csa")(site) - first, attention("kk")(site))
+        assert set(site.affinities) == {"qq", "kk"}
+        other = encode(visual, pixels.flip(0)).site()
+        torch.testing.assert_close(attention("qq")(other), first.flip(0))
+    shown = pixels.clone().requires_grad_()
+    learning = encode(visual, shown).site()
+    assert learning.q.requires_grad
+    with torch.no_grad():
+        attention("qq")(learning)
+    attention("qq")(learning)[0, 0, 1, 2].backward()
+    assert shown.grad.abs().sum() > 0

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from sclip_lab import Protocol, datasets, load, sweep
@@ -12,7 +13,8 @@ from sclip_lab.later import repaired
 from sclip_lab.refine import Pamr
 from sclip_lab.store import CELL, COUNTS, HEAD, read
 
-STORED = sorted(path for path in (home() / "data" / "results").glob("*.parquet") if not path.stem.endswith("measures"))
+TABLES = sorted((home() / "data" / "results").glob("*.parquet"))
+STORED = [path for path in TABLES if set(HEAD + COUNTS) <= set(pq.read_schema(path).names)]  # of sweeps
 
 
 @pytest.fixture(params=STORED, ids=lambda path: path.stem)

@@ -71,7 +71,9 @@ class Labelling:
         # To ask whether a pixel is concerned would make a GPU wait.
         if not labels.is_cuda and not dropped[labels].any():
             return labels, inverse
-        labels, second = _winners(logits.masked_fill(dropped[query_class][:, None, None], -torch.inf), query_class)
+        without = torch.zeros(len(query_class), 1, 1, device=logits.device)
+        without[dropped[query_class]] = -torch.inf
+        labels, second = _winners(logits + without, query_class)
         return labels, inverse * (self.logit_scale * (best - second)).exp()
 
     def _large_enough(self, labels: Tensor, classes: int) -> Tensor:
@@ -85,7 +87,8 @@ class Labelling:
 def _winners(logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor]:
     """The class of the best word, the first of equals, and its logit, [rows W]."""
     best, count = logits.amax(dim=0), len(query_class)
-    # On a processor max(dim=0), which finds the place by itself, takes twice as long.
-    places = torch.arange(count, 0, -1, device=logits.device).to(torch.uint8 if count < 256 else torch.int32)
-    first = count - ((logits == best) * places[:, None, None]).amax(dim=0).long()
+    # On a processor max(dim=0), which finds the place by itself, takes twice as long, and comparing to bool thrice.
+    places = torch.arange(count, 0, -1, dtype=torch.float32, device=logits.device)
+    winning = torch.eq(logits, best, out=torch.empty_like(logits, dtype=torch.float32))
+    first = count - winning.mul_(places[:, None, None]).amax(dim=0).long()
     return query_class[first], best

@@ -109,16 +109,15 @@ class Stitched:
         r, c = (len(protocol.starts(side)) for side in resized)
         if len(scores) != r * c:
             raise ValueError(f"scores of {len(scores)} windows: expected {r} x {c} for image {size} under {protocol}")
-        self.rows = protocol, size[0], resized[0], scores.shape[2]
         cols = _axis(protocol, size[1], resized[1], scores.shape[3]).to(scores.device)
+        chunk = CHUNK if scores.device.type == "cpu" else LARGE_CHUNK
+        rows = max(chunk // (scores.shape[1] * size[1]), 1)
+        order, self.bands = _bands(protocol, size[0], resized[0], scores.shape[2], rows, scores.device)
         grid = scores.float().unflatten(0, (r, c)).permute(2, 0, 3, 1, 4)  # q r i c j
-        self.columns_done = grid.flatten(3, 4).flatten(1, 2) @ cols.T  # q r*i W
+        self.columns_done = grid.flatten(3, 4).flatten(1, 2)[:, order] @ cols.T  # q r*i W
 
     def __iter__(self) -> Iterator[Tensor]:
-        queries, _, width = self.columns_done.shape
-        device = self.columns_done.device
-        chunk = CHUNK if device.type == "cpu" else LARGE_CHUNK
-        for read, weights in _bands(*self.rows, max(chunk // (queries * width), 1), device):
+        for read, weights in self.bands:
             yield weights @ self.columns_done[:, read]  # q rows W
 
 
@@ -151,11 +150,18 @@ def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
 @lru_cache(maxsize=128)
 def _bands(
     protocol: Protocol, own: int, resized: int, patches: int, rows: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """`_axis`, some rows at a time: which of the r*i they read at all, [k], and with which weights, [rows, k]."""
-    bands = _axis(protocol, own, resized, patches).split(rows)
-    read = [band.any(dim=0).nonzero()[:, 0] for band in bands]
-    return [(which.to(device), band[:, which].to(device)) for which, band in zip(read, bands, strict=True)]
+) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+    """An order of the r*i rows of patches, [r*i], and by it `_axis`, some rows at a time: which part of r*i they read
+    at all, and with which weights, [rows, part].
+
+    From top to bottom, whatever their window, so that what a band reads lies together and need not be copied.
+    """
+    axis = _axis(protocol, own, resized, patches)
+    order = axis.bool().byte().argmax(dim=0).argsort()
+    bands = axis[:, order].split(rows)
+    read = [band.any(dim=0).nonzero()[:, 0].tolist() for band in bands]
+    parts = [slice(which[0], which[-1] + 1) for which in read]
+    return order.to(device), [(part, band[:, part].to(device)) for part, band in zip(parts, bands, strict=True)]
 
 
 def _linear(lines: Tensor, size: int) -> Tensor:

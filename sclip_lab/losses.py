@@ -42,9 +42,34 @@ def void_negative(maps: Tensor, truth: Tensor) -> Tensor:
 
 def exclusive(maps: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy over classes: maps [b k i j], resized to truth [b H W]; 255 is left out. Without any other, 0."""
+    return likelihood(resized(maps, truth.shape[-2:]).log_softmax(dim=1), truth)
+
+
+def likelihood(shares: Tensor, truth: Tensor) -> Tensor:
+    """-log of the share of what is true, mean over pixels: log shares [b k H W] and truth [b H W], as `exclusive`."""
     known = (truth != IGNORE).sum().clamp(min=1)
-    maps = resized(maps, truth.shape[-2:])
-    return F.cross_entropy(maps, truth.long(), ignore_index=IGNORE, reduction="sum") / known
+    return F.nll_loss(shares, truth.long(), ignore_index=IGNORE, reduction="sum") / known
+
+
+def presence(logits: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy of whether each class is in a picture, sum over classes, mean over pictures.
+
+    logits [b k]; truth [b H W], in which 255 says nothing.
+    """
+    there = _one_hot(truth, logits.shape[1])[0].amax(dim=(2, 3))
+    return F.binary_cross_entropy_with_logits(logits, there, reduction="sum") / len(logits)
+
+
+def presence_of_these(logits: Tensor, truth: Tensor) -> Tensor:
+    """`presence` as MVP-SEG's paper writes it, where classes that are not in a picture have no part."""
+    there = _one_hot(truth, logits.shape[1])[0].amax(dim=(2, 3))
+    return -(there * F.logsigmoid(logits)).sum() / len(logits)
+
+
+def overlap(vectors: Tensor) -> Tensor:
+    """MVP-SEG's orthogonal constraint: the absolute cosines of vectors [v w] with one another, summed over pairs."""
+    units = F.normalize(vectors, dim=-1)
+    return (units @ units.T).triu(1).abs().sum()
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -129,7 +129,7 @@ def test_an_interrupted_refresh_leaves_the_old_notebook_and_nothing_beside_it(tm
     while "1/2" not in (line := runner.stdout.readline()):
         assert line, runner.communicate()
     runner.send_signal(signal.SIGINT)
-    _, error = runner.communicate(timeout=30)
+    _, error = runner.communicate(timeout=120)
 
     assert runner.returncode == 130
     assert error.strip() == "interrupted: notebooks not yet finished are as they were"

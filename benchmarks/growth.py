@@ -141,7 +141,7 @@ def main() -> None:
     save(drawn(table, fits), "benchmarks/growth")
     print(f"{clip.name}, pictures are scenes of 3 : 4, {LABELLING}, one thread\n")
     print(markdown(table.round(2)), "\n")
-    print(markdown(fits.round(2)))
+    print(markdown(fits.round(2).replace(-0.0, 0.0)))
 
 
 if __name__ == "__main__":

@@ -73,10 +73,10 @@ def test_the_whole_picture_as_its_only_proposal_is_named_as_clip_names_it(clip: 
 
 def test_a_pixels_name_has_the_largest_sum_of_probabilities(clip: Clip, picture: np.ndarray) -> None:
     texts = names(clip, load_dataset("scenes-full", limit=1).classes)
-    found = label(clip, picture, texts, 6, short_side=144)
+    found = label(clip, picture, texts, 5, short_side=144)
     assert found.shape == picture.shape[:2]
     sums = torch.zeros(len(texts), *picture.shape[:2])
-    for small in proposals(features(clip, picture, 144), 6):
+    for small in proposals(features(clip, picture, 144), 5):
         mask = cv2.resize(small, (213, 160), interpolation=cv2.INTER_NEAREST)
         shown = torch.from_numpy(crops(picture, mask[None], 96, clip.mean))
         vector = torch.nn.functional.normalize(clip.model.encode_image(pixels(shown, clip.mean, clip.std)), dim=-1)

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import sclip_lab
-from sclip_lab import train_zegclip
+from sclip_lab.recipes import command
+from sclip_lab.train_mvpseg import MVPSEG
+from sclip_lab.train_zegclip import ZEGCLIP
 
 OPENAI = "ViT-B-16-quickgelu:openai"
 
@@ -52,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a system on the seen classes of a split")
     systems = train.add_subparsers(required=True, metavar="SYSTEM")
-    train_zegclip.command(systems.add_parser("zegclip", help="ZegCLIP (Zhou et al., CVPR 2023)"))
+    command(systems.add_parser("zegclip", help="ZegCLIP (Zhou et al., CVPR 2023)"), ZEGCLIP)
+    command(systems.add_parser("mvpseg", help="MVP-SEG (Guo et al., PRCV 2023)"), MVPSEG)
     return parser
 
 

@@ -1,7 +1,5 @@
-"""Recipes for ZegCLIP and the command that follows them: `python -m sclip_lab train zegclip --split voc20`."""
+"""Recipes for ZegCLIP, and what follows them: `python -m sclip_lab train zegclip --split voc20`."""
 
-import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from sclip_lab.clip import Clip, load
-from sclip_lab.crops import Crops, photometric
-from sclip_lab.datasets import Dataset, load_dataset
-from sclip_lab.files import chosen, home
+from sclip_lab import recipes
+from sclip_lab.clip import Clip
+from sclip_lab.datasets import Dataset
 from sclip_lab.losses import Loss, non_exclusive
 from sclip_lab.protocol import Protocol
-from sclip_lab.splits import SPLITS, Split, measure, zero_shot
-from sclip_lab.training import Schedule, own_device, train
+from sclip_lab.splits import Split
+from sclip_lab.training import Schedule, train
+from sclip_lab.trials import Labeller
 from sclip_lab.zegclip import (
     TEMPLATES,
     Descriptor,
@@ -33,13 +31,9 @@ from sclip_lab.zegclip import (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train on pictures of one kind. colours: what is done to them; templates: None for CLIP's 80."""
+class Recipe(recipes.Recipe):
+    """How to train ZegCLIP on pictures of one kind. templates: None for CLIP's 80."""
 
-    schedule: Schedule
-    protocol: Protocol
-    scales: tuple[float, float] = (0.5, 2.0)
-    colours: Callable[[np.random.RandomState, np.ndarray], np.ndarray] | None = photometric
     prompts: int = 10
     begin: Callable[[ZegClip], None] = published
     templates: tuple[str, ...] | None = TEMPLATES
@@ -74,7 +68,7 @@ def learn(
     """A ZegCLIP that was trained inductively on a training split, and the loss of every step. See `training.train`."""
     model = zegclip(clip, recipe.prompts, describe, seed, recipe.begin)
     texts = names(clip, dataset.classes, recipe.templates)
-    pictures = _crops(dataset, split.inductive, recipe, seed)
+    pictures = recipe.crops(dataset, split.inductive, seed)
     run = _made_with(model, dataset, split, recipe, loss)
     objective, schedule = inductive(clip, texts, split, loss), recipe.schedule
     return model, train(
@@ -95,7 +89,7 @@ def self_train(
 ) -> np.ndarray:
     """Go on transductively with a model from `learn`, in place, for half as many steps; their losses."""
     texts = names(model.clip, dataset.classes, recipe.templates)
-    pictures = _crops(dataset, split.transductive, recipe, seed)
+    pictures = recipe.crops(dataset, split.transductive, seed)
     schedule = replace(recipe.schedule, steps=max(recipe.schedule.steps // 2, 1))
     run = _made_with(model, dataset, split, recipe, loss)
     objective = transductive(model.clip, texts, split, loss)
@@ -104,59 +98,27 @@ def self_train(
 
 def _made_with(model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, loss: Loss) -> dict[str, str]:
     parts = {"describe": type(model.describe).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
-    pictures = f"{len(dataset.keys)} of {dataset.name} at {recipe.scales} {recipe.protocol}"
-    return {
-        **parts,
-        "model": model.clip.name,
-        "prompts": str(recipe.prompts),
-        "pictures": pictures,
-        "split": str(split),
-    }
+    return {**recipe.made_with(model.clip, dataset, split), **parts, "prompts": str(recipe.prompts)}
 
 
-def _crops(dataset: Dataset, hide: Callable[[np.ndarray], np.ndarray], recipe: Recipe, seed: int) -> Crops:
-    protocol = recipe.protocol
-    return Crops(dataset, hide, protocol.short_side, protocol.crop, recipe.scales, recipe.colours, seed)
+def labeller(model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, offset: float = 0.1) -> Labeller:
+    """What names pictures by the classes of a dataset; offset 0 after self-training. See `zegclip.label`."""
+    texts = names(model.clip, dataset.classes, recipe.templates)
+    return partial(label, model, texts=texts, split=split, protocol=recipe.protocol, offset=offset)
 
 
-def command(parser: argparse.ArgumentParser) -> None:
-    """What the command takes; it is run by `options.run(options)`."""
-    parser.add_argument("--split", choices=list(SPLITS), default="scenes", help="%(default)s")
-    parser.add_argument("--model", default=chosen(), help="%(default)s")
-    parser.add_argument("--root", type=Path, help="the folder of all data; SCLIP_DATA unless given")
-    parser.add_argument("--limit", type=int, help="so many pictures, of those to learn from and of those to name")
-    parser.add_argument(
-        "--output", type=Path, help="the checkpoint; below data/cache, named after all this, unless given"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--batch", type=int, help="pictures of each process, instead of the recipe's")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches that make a step")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
-    parser.add_argument("--self-train", action="store_true", help="then go on transductively")
-    parser.set_defaults(run=_run)
+def _learned(
+    clip: Clip, dataset: Dataset, split: Split, recipe: Recipe, seed: int, checkpoint: Path, workers: int
+) -> tuple[ZegClip, Labeller]:
+    model, _ = learn(clip, dataset, split, recipe, seed, checkpoint=checkpoint, workers=workers)
+    return model, labeller(model, dataset, split, recipe)
 
 
-def _run(options: argparse.Namespace) -> int:
-    split = SPLITS[options.split]
-    recipe = RECIPES[split.dataset]
-    asked = {"steps": options.steps, "batch": options.batch}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    schedule = replace(recipe.schedule, **asked, accumulate=options.accumulate, precision=options.precision)
-    recipe = replace(recipe, schedule=schedule)
-    clip = load(options.model, own_device())
-    learned = load_dataset(split.dataset, options.root, options.limit, "train")
-    path = options.output or home() / "data" / "cache" / f"zegclip-{options.split}-{options.seed}.safetensors"
-    model, _ = learn(clip, learned, split, recipe, options.seed, checkpoint=path, workers=options.workers)
-    if options.self_train:
-        path = path.with_stem(f"{path.stem}-self")
-        self_train(model, learned, split, recipe, options.seed, checkpoint=path, workers=options.workers)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
-        shown = load_dataset(split.dataset, options.root, options.limit)
-        texts = names(clip, shown.classes, recipe.templates)
-        offset = 0.0 if options.self_train else 0.1
-        named = partial(label, model, texts=texts, split=split, protocol=recipe.protocol, offset=offset)
-        print(zero_shot(measure(named, shown, split.classes), split).round(1).to_string())
-        print(path)
-    return 0
+def _gone_on(
+    model: ZegClip, dataset: Dataset, split: Split, recipe: Recipe, seed: int, checkpoint: Path, workers: int
+) -> tuple[ZegClip, Labeller]:
+    self_train(model, dataset, split, recipe, seed, checkpoint=checkpoint, workers=workers)
+    return model, labeller(model, dataset, split, recipe, offset=0.0)
+
+
+ZEGCLIP = recipes.Trainable("zegclip", RECIPES, _learned, _gone_on)

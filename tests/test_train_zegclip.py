@@ -1,26 +1,15 @@
-"""ZegCLIP's recipes, from pictures to scores, and the command that follows them."""
+"""ZegCLIP's recipes, from pictures to a model that was trained."""
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from safetensors import safe_open
 
 from sclip_lab import load, load_dataset
 from sclip_lab.splits import SPLITS
-from sclip_lab.train_zegclip import RECIPES, command, learn, self_train
+from sclip_lab.train_zegclip import RECIPES, learn, self_train
 from sclip_lab.training import Schedule
 from sclip_lab.zegclip import published
-
-
-def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    command(parser)
-    options = parser.parse_args(arguments)
-    return options.run(options)
 
 
 def test_every_split_has_a_recipe() -> None:
@@ -47,16 +36,3 @@ def test_what_was_learned_inductively_is_gone_on_with_transductively() -> None:
     assert torch.equal(before, again.decoder.match.q.weight)
     assert self_train(model, dataset, split, recipe).shape == (1,)
     assert not torch.equal(before, model.decoder.match.q.weight)
-
-
-def test_the_command_trains_scores_and_says_where_the_checkpoint_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / "run.safetensors"
-    asked = ["--model", "tiny", "--limit", "2", "--steps", "2", "--batch", "2", "--output", str(path), "--self-train"]
-    assert run(*asked) == 0
-    said = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in said[-5:-1]] == ["pixels", "seen", "unseen", "harmonic"]
-    assert said[-1] == str(tmp_path / "run-self.safetensors")
-    with safe_open(path, "pt") as file:
-        assert len(file.get_tensor("losses")) == 2

@@ -109,7 +109,7 @@ def transfer(
     return model, np.concatenate(losses)
 
 
-def labeller(model: MvpSeg, dataset: Dataset, recipe: Recipe) -> Labeller:
+def labeller(model: MvpSeg, dataset: Dataset, split: Split, recipe: Recipe) -> Labeller:
     """What names pictures by the classes of a dataset. See `mvpseg.label`."""
     names = model.names(words(model.clip, dataset.classes)).detach()
     return partial(mvpseg.label, model, names=names, protocol=recipe.protocol)
@@ -139,7 +139,7 @@ def _learned(
     clip: Clip, dataset: Dataset, split: Split, recipe: Recipe, seed: int, checkpoint: Path, workers: int
 ) -> tuple[MvpSeg, Labeller]:
     model, _ = learn(clip, dataset, split, recipe, seed, checkpoint, workers=workers)
-    return model, labeller(model, dataset, recipe)
+    return model, labeller(model, dataset, split, recipe)
 
 
 def _gone_on(

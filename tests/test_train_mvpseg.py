@@ -40,7 +40,10 @@ def test_a_seed_gives_one_teacher_whose_student_learns_and_names_pictures(tmp_pa
     restore(student, tmp_path / "s-taught.safetensors")
     assert not torch.equal(first, student.prompts.tokens)
     image, truth = dataset.read("0")
-    for label in (labeller(teacher, dataset, recipe), student_labeller(student, teacher, dataset, SPLIT, recipe)):
+    for label in (
+        labeller(teacher, dataset, SPLIT, recipe),
+        student_labeller(student, teacher, dataset, SPLIT, recipe),
+    ):
         assert label(image).shape == truth.shape
 
 

@@ -8,12 +8,13 @@ schedule are those of ZegCLIP (Zhou et al., CVPR 2023, arXiv:2212.03588), by the
 Letters: b pictures of a batch, H W crop.
 """
 
+import atexit
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
     run = {**(made_with or {}), "seed": str(seed), "schedule": str(schedule)}
     losses = _resume(module, optimiser, scaler, checkpoint, run)
-    with _shared(module) as (model, rank, world), torch.random.fork_rng():
+    model, rank, world = _shared(module)
+    with torch.random.fork_rng():
         numbers = range(len(losses) * schedule.accumulate, schedule.steps * schedule.accumulate)
         first = [schedule.batch * (number * world + rank) for number in numbers]
         own = [list(range(start, start + schedule.batch)) for start in first]
@@ -159,18 +161,14 @@ def _groups(module: nn.Module, decay: float) -> list[dict]:
     return [{"params": others, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
 
 
-@contextmanager
-def _shared(module: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
+def _shared(module: nn.Module) -> tuple[nn.Module, int, int]:
     """The module as it is to be called, this process's number and how many there are, as `torchrun` says."""
     if not dist.is_torchelastic_launched():
-        yield module, 0, 1
-        return
-    on_gpu = next(module.parameters()).is_cuda
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield DistributedDataParallel(module), dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+        return module, 0, 1
+    if not dist.is_initialized():  # once for all that this process trains: a group cannot be made again
+        dist.init_process_group("nccl" if next(module.parameters()).is_cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return DistributedDataParallel(module), dist.get_rank(), dist.get_world_size()
 
 
 def own_device() -> torch.device:

@@ -215,12 +215,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_training import *
+train(network(), objective, Numbered(), Schedule(1, batch=1))
 module = nn.Sequential(network()[0], network()[4])
 train(module, objective, Numbered(), Schedule(4, batch=3, warm_up=0, accumulate=2), checkpoint=Path({path!r}))
 """
 
 
-def test_two_processes_share_a_step(tmp_path: Path) -> None:
+def test_two_processes_share_a_step_also_in_a_second_training(tmp_path: Path) -> None:
     script, path = tmp_path / "run.py", tmp_path / "run.safetensors"
     script.write_text(PARALLEL.format(tests=str(Path(__file__).parent), path=str(path)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

@@ -73,11 +73,14 @@ def scores(frame: pd.DataFrame, split: Split, baseline: str | None = None) -> pd
         raise ValueError(f"baseline={baseline!r}: expected one of {', '.join(drawn)}")
     rows = []
     for name, (own, mean) in drawn.items():
-        if name != baseline:
-            own, mean = (a - b for a, b in zip((own, mean), drawn[baseline] if baseline else (0, 0), strict=True))
-            ends = np.quantile(mean[1:], [0.025, 0.975], axis=0)
-            columns = zip(MEASURES, mean[0], *ends, own.T, strict=True)
-            rows += [(name, *row, ", ".join(f"{value:.1f}" for value in each)) for *row, each in columns]
+        if name == baseline:
+            continue
+        if baseline:
+            other, centre = drawn[baseline]
+            own, mean = own - (other if len(other) == len(own) else centre[:1]), mean - centre
+        ends = np.quantile(mean[1:], [0.025, 0.975], axis=0)
+        columns = zip(MEASURES, mean[0], *ends, own.T, strict=True)
+        rows += [(name, *row, ", ".join(f"{value:.1f}" for value in each)) for *row, each in columns]
     table = pd.DataFrame(rows, columns=["system", "measure", "value", "low", "high", "each"])
     return table.assign(images=len(images[first]))
 

@@ -144,6 +144,9 @@ def test_a_system_of_one_seed_is_a_baseline_of_each_of_anothers(scenes: Dataset)
     alone, paired = (scores(frame, SPLIT, baseline).set_index(["system", "measure"]) for baseline in (None, "bad"))
     assert set(paired.index.get_level_values("system")) == {"good"}
     np.testing.assert_allclose(paired["value"], alone.loc["good", "value"] - alone.loc["bad", "value"])
+    turned = scores(frame, SPLIT, "good").set_index("measure")
+    np.testing.assert_allclose(turned["value"], -paired["value"])
+    assert float(turned.loc["unseen", "each"]) == pytest.approx(turned.loc["unseen", "value"], abs=0.05)
     shown = written(paired.reset_index())
     row = paired.loc["good", "unseen"]
     assert shown.loc["good", "unseen"] == f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"

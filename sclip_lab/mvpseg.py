@@ -11,7 +11,9 @@ prompts, vectors in the place of words, and two temperatures; each design can be
 What the paper leaves open is decided so. A class of several words has the mean of their vectors. MaskCLIP's features
 are those of its released code, where the last block keeps its residual and MLP. Temperatures are learned as logarithms,
 and begin at CLIP's own; tokens begin random, of CoOp's spread (Zhou et al., IJCV 2022, arXiv:2109.01134). The overlap
-is that of the views alone. Weights, numbers and rates: see `train_mvpseg`.
+is that of the views alone. The paper's loss of g has no part for absent classes (`losses.presence_of_these`), nor has
+the likelihood of m_f g, so that g = 1 is best for all of them: here they count, too (`losses.presence`). Weights,
+numbers and rates: see `train_mvpseg`.
 
 MVP-SEG+ teaches a `student`, whose classifier begins as the views' vectors: first by what MVP-SEG makes of the pixels
 of unseen classes (`taught`), then by what the student makes of them itself (`zegclip.transductive`).

@@ -9,18 +9,21 @@ Letters: b pictures of a batch, H W crop.
 """
 
 import atexit
+import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -83,18 +86,20 @@ def train(
     `pictures`: image uint8 [H W 3] and truth uint8 [H W] by number, endless, such as `crops.Crops`, read in order.
     `checkpoint`: a safetensors file that is replaced, whole, after `every` so many steps and at the end, and gone on
     from where it is there; `restore` reads the weights alone. `watch` is called with the losses so far at every step.
-    `workers`: processes that read pictures ahead. `made_with`: what else tells this run from others. Random state of
-    the caller is left as it is; the module is in eval mode in the end. Raises FloatingPointError where loss or gradient
-    is no number: module and checkpoint are as before that step. Raises ValueError where the checkpoint is of another
-    run.
+    `workers`: processes that read pictures ahead. `made_with`: what else tells this run from others, beside seed,
+    schedule, number of processes and the weights that the module comes with. Random state of the caller is left as it
+    is; the module is in eval mode in the end, whatever ends it. Raises FloatingPointError where loss or gradient is no
+    number, in fp16 where no scale helps: module and checkpoint are as before that step. Raises ValueError where the
+    checkpoint is of another run.
     """
     device = next(module.parameters()).device
     optimiser = torch.optim.AdamW(_groups(module, schedule.decay), lr=schedule.rate)
     scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
-    run = {**(made_with or {}), "seed": str(seed), "schedule": str(schedule)}
-    losses = _resume(module, optimiser, scaler, checkpoint, run)
     model, rank, world = _shared(module)
-    with torch.random.fork_rng():
+    run = {"seed": str(seed), "schedule": str(schedule), "processes": str(world), "first weights": _digest(module)}
+    run = {**(made_with or {}), **run}
+    losses = _resume(module, optimiser, scaler, checkpoint, run)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _in_training(module):
         numbers = range(len(losses) * schedule.accumulate, schedule.steps * schedule.accumulate)
         first = [schedule.batch * (number * world + rank) for number in numbers]
         own = [list(range(start, start + schedule.batch)) for start in first]
@@ -105,7 +110,6 @@ def train(
             torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
             for group in optimiser.param_groups:
                 group["lr"] = schedule.at(step)
-            model.train()
             loss = _step(model, objective, batches, optimiser, scaler, schedule, device)
             if not math.isfinite(loss):
                 kept = f"{checkpoint} holds an earlier one" if checkpoint and checkpoint.exists() else "no checkpoint"
@@ -116,8 +120,16 @@ def train(
                 watch(losses)
             if checkpoint and rank == 0 and (len(losses) % every == 0 or len(losses) == schedule.steps):
                 _save(module, optimiser, scaler, checkpoint, run, losses)
-    module.eval()
     return np.array(losses)
+
+
+@contextmanager
+def _in_training(module: nn.Module) -> Iterator[None]:
+    module.train()
+    try:
+        yield
+    finally:
+        module.eval()
 
 
 def _step(
@@ -141,7 +153,7 @@ def _step(
                 loss = objective(model, images, truth) / schedule.accumulate
             scaler.scale(loss).backward()
         total += loss.detach()
-    if dist.is_initialized():
+    if isinstance(model, DistributedDataParallel):
         dist.all_reduce(total)
         total /= dist.get_world_size()
     scaler.unscale_(optimiser)
@@ -151,7 +163,15 @@ def _step(
     if total.isfinite():
         scaler.step(optimiser)
         scaler.update()
-    return total.item()
+    return total.item() if not scaler.is_enabled() or scaler.get_scale() >= 1 else math.nan
+
+
+def _digest(module: nn.Module) -> str:
+    """A short name for the weights of a module."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _groups(module: nn.Module, decay: float) -> list[dict]:
@@ -195,10 +215,24 @@ def live(every: int = 20) -> Callable[[list[float]], None]:
 
 
 def restore(module: nn.Module, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint into a module of the same kind, in eval mode."""
-    with safe_open(checkpoint, "pt") as file:
+    """Put the weights of a checkpoint into a module of the same kind, in eval mode.
+
+    Raises ValueError, in one line, for a file that holds no such weights.
+    """
+    with _opened(checkpoint) as file:
         module.load_state_dict({name: file.get_tensor(f"weights.{name}") for name in module.state_dict()})
     module.eval()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A checkpoint, while it is read; what is wrong with it is said in one line."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, RuntimeError) as error:
+        why = shorten(str(error), 160)
+        raise ValueError(f"{path} is no checkpoint of what is trained ({why}): delete it, or name another") from None
 
 
 def _save(
@@ -229,8 +263,8 @@ def _resume(
     """Put a checkpoint's values into all that learns; the losses so far, none where there is no checkpoint."""
     if not path or not path.exists():
         return []
-    with safe_open(path, "pt") as file:
-        found = file.metadata()
+    with _opened(path) as file:
+        found = file.metadata() or {}
         for key, value in run.items():
             if found.get(key) != value:
                 raise ValueError(f"{path} is of {key} {found.get(key)}, not {value}: delete it, or go on as it began")

@@ -1,5 +1,6 @@
 """The training loop: its rates, what a killed run ends in, what a run that breaks leaves, and several processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -187,19 +188,69 @@ def test_half_precision_learns_in_single(tmp_path: Path) -> None:
         Schedule(precision="int8")
 
 
+def loud(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
+    """A loss whose gradients, at the scale that fp16 begins with, are infinite."""
+    return 300 * objective(model, images, truth)
+
+
 def test_fp16_goes_on_with_its_scale(tmp_path: Path) -> None:
-    schedule = Schedule(6, 3, 0.01, warm_up=2, precision="fp16")
-    whole, broken, resumed = network(), network(), network()
-    train(whole, objective, Numbered(), schedule)
+    schedule = Schedule(20, 3, 0.01, warm_up=2, precision="fp16")
+    whole, broken, resumed, begun = network(), network(), network(), network()
+    train(whole, loud, Numbered(), schedule)
 
     def killed(losses: list[float]) -> None:
-        if len(losses) == 4:
+        if len(losses) == 14:
             raise KeyboardInterrupt
 
+    path = tmp_path / "a.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(broken, objective, Numbered(), schedule, checkpoint=tmp_path / "a.safetensors", every=2, watch=killed)
-    train(resumed, objective, Numbered(), schedule, checkpoint=tmp_path / "a.safetensors")
+        train(broken, loud, Numbered(), schedule, checkpoint=path, every=2, watch=killed)
+    assert not broken.training
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["scaler"])["scale"] < 65536
+    train(resumed, loud, Numbered(), schedule, checkpoint=path)
     assert torch.equal(weights(whole), weights(resumed))
+    assert not torch.equal(weights(whole), weights(begun))
+
+
+def test_fp16_ends_where_no_scale_helps() -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, *gradients: Tensor) -> Tensor:
+            return gradients[0] * torch.nan
+
+    def broken(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
+        return Broken.apply(objective(model, images, truth))
+
+    module, begun = network(), network()
+    with pytest.raises(FloatingPointError, match="is no number at step"):
+        train(module, broken, Numbered(), Schedule(40, 3, 0.01, warm_up=2, precision="fp16"))
+    assert torch.equal(weights(module), weights(begun))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors at all"])
+def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{path} is no checkpoint .*: delete it, or name another$"):
+        train(network(), objective, Numbered(), SHORT, checkpoint=path)
+
+
+def test_of_another_shape_or_other_first_weights_no_checkpoint_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    train(network(), objective, Numbered(), SHORT, checkpoint=path)
+    with pytest.raises(ValueError, match=rf"^{path} is no checkpoint .*size mismatch.*$"):
+        restore(nn.Sequential(nn.Linear(2, 2), *network()[1:]), path)
+    other = network()
+    nn.init.zeros_(next(other.parameters()))
+    before = weights(other)
+    with pytest.raises(ValueError, match=rf"^{path} is of first weights .*: delete it, or go on as it began$"):
+        train(other, objective, Numbered(), SHORT, checkpoint=path)
+    assert torch.equal(weights(other), before)
 
 
 def test_a_live_curve_is_one_picture_of_the_losses_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

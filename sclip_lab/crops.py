@@ -20,10 +20,10 @@ class Crops(torch.utils.data.Dataset):
     """Endless augmented crops of a dataset, numbered: images uint8 [H W 3] and truth uint8 [H W], `crop` pixels square.
 
     A picture is resized to a short side of `short_side` times a factor from `scales`, cut where no class fills more
-    than three quarters (ten tries), padded by mean grey and void where it is too small, and mirrored at random; then
-    `distort` changes its colours. `hide`, such as `Split.inductive`, is applied to labels before anything looks at
-    them. Crop i depends on (seed, i) alone; every picture is seen once before any is seen again. Pictures of small
-    datasets are kept in memory. Raises ValueError for a split that is for evaluation.
+    than three quarters (ten tries), and mirrored at random; `distort` changes its colours, and mean grey and void pad
+    what is too small, at the right and below. `hide`, such as `Split.inductive`, is applied to labels before anything
+    looks at them. Crop i depends on (seed, i) alone; every picture is seen once before any is seen again. Pictures of
+    small datasets are kept in memory. Raises ValueError for a split that is for evaluation.
     """
 
     dataset: Dataset
@@ -43,32 +43,39 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         epoch, place = divmod(index, len(self.dataset.keys))
-        order = np.random.RandomState([self.seed, epoch]).permutation(len(self.dataset.keys))
+        order = _order(len(self.dataset.keys), self.seed, epoch)
         rng = np.random.RandomState([self.seed, index, 1])
         image, truth = self.dataset.read(self.dataset.keys[order[place]])
         image, truth = self._cut(rng, *self._resized(rng, image, self.hide(truth)))
         if rng.uniform() < 0.5:
             image, truth = image[:, ::-1], truth[:, ::-1]
-        image = self.distort(rng, image) if self.distort else image
-        return np.ascontiguousarray(image), np.ascontiguousarray(truth)
+        return self._padded(self.distort(rng, image) if self.distort else image, truth)
 
     def _resized(self, rng: np.random.RandomState, image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
         factor = self.short_side * rng.uniform(*self.scales) / min(truth.shape)
         size = [round(side * factor) for side in reversed(truth.shape)]
-        short = [max(self.crop - side, 0) for side in reversed(size)]  # rows and columns that are missing
-        edges = (0, short[0], 0, short[1], cv2.BORDER_CONSTANT)
-        image = cv2.copyMakeBorder(cv2.resize(image, size), *edges, value=[255 * grey for grey in MEAN])
-        truth = cv2.copyMakeBorder(cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST), *edges, value=IGNORE)
-        return image, truth
+        return cv2.resize(image, size), cv2.resize(truth, size, interpolation=cv2.INTER_NEAREST)
 
     def _cut(self, rng: np.random.RandomState, image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
         for _ in range(10):
-            top, left = (rng.randint(side - self.crop + 1) for side in truth.shape)
+            top, left = (rng.randint(max(side - self.crop, 0) + 1) for side in truth.shape)
             window = np.s_[top : top + self.crop, left : left + self.crop]
             areas = np.bincount(truth[window].ravel(), minlength=IGNORE + 1)[:IGNORE]
             if areas.max() < 0.75 * areas.sum():
                 break
         return image[window], truth[window]
+
+    def _padded(self, image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        short = [self.crop - side for side in truth.shape]  # rows and columns that are missing
+        edges = (0, short[0], 0, short[1], cv2.BORDER_CONSTANT)
+        grey = [255 * value for value in MEAN]
+        return cv2.copyMakeBorder(image, *edges, value=grey), cv2.copyMakeBorder(truth, *edges, value=IGNORE)
+
+
+@lru_cache(2)
+def _order(pictures: int, seed: int, epoch: int) -> np.ndarray:
+    """In which order an epoch shows so many pictures."""
+    return np.random.RandomState([seed, epoch]).permutation(pictures)
 
 
 def photometric(rng: np.random.RandomState, image: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ def measure(label: Callable[[np.ndarray], Tensor], dataset: Dataset, classes: in
     def one(key: str) -> np.ndarray:
         image, truth = dataset.read(key)
         with torch.no_grad():
-            return counts(label(image), truth, classes)
+            return counts(label(image).cpu(), truth, classes)
 
     return np.stack(list(side_by_side(one, dataset.keys, dataset.name)))
 
@@ -97,6 +97,7 @@ def zero_shot(counts: np.ndarray, split: Split, other: np.ndarray | None = None)
     """MEASURES in percent of counts [images classes 3], by row: value, and its 95 % bootstrap interval, low and high.
 
     With `other`, counts of a second system on the same images in the same order, their paired difference, in points.
+    Resamples without any seen or any unseen class are left out of what they say nothing of.
     """
     if other is not None and other.shape != counts.shape:
         raise ValueError(f"counts {list(counts.shape)} and {list(other.shape)}: expected those of the same images")
@@ -106,5 +107,5 @@ def zero_shot(counts: np.ndarray, split: Split, other: np.ndarray | None = None)
         return score(np.stack([table.sum(axis=0), *np.tensordot(times, table, 1)]), split)  # 1 + samples 4
 
     scores = 100 * (drawn(counts) - (0 if other is None else drawn(other)))
-    low, high = np.quantile(scores[1:], [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(scores[1:], [0.025, 0.975], axis=0)
     return pd.DataFrame({"value": scores[0], "low": low, "high": high}, index=pd.Index(MEASURES, name="measure"))

@@ -64,6 +64,14 @@ def test_what_is_too_small_is_padded_by_mean_grey_and_void() -> None:
     assert np.unique(image[truth == 255], axis=0).tolist() == [[123, 117, 104]]
 
 
+def test_padding_is_grey_whatever_is_done_to_colours() -> None:
+    labels = coded(np.full((50, 50), 7, np.uint8))
+    crops = Crops(labels, same, short_side=40, crop=64, scales=(1, 1), distort=lambda rng, image: image // 2)
+    image, truth = crops[0]
+    assert np.unique(image[truth == 255], axis=0).tolist() == [[123, 117, 104]]
+    assert (truth[:40, :40] == 7).all()
+
+
 def test_crops_avoid_places_that_one_class_fills() -> None:
     labels = np.zeros((100, 1000), np.uint8)
     labels[:, :100] = 1

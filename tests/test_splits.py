@@ -89,6 +89,15 @@ def test_a_system_that_never_says_an_unseen_name_has_no_harmonic_mean() -> None:
     assert score(np.array([[5, 5, 5], [0, 0, 5], [5, 10, 5]]), THREE).tolist() == [10 / 15, 0.75, 0.0, 0.0]
 
 
+def test_resamples_without_an_unseen_class_leave_an_interval() -> None:
+    table = np.zeros((4, 3, 3), int)
+    table[:, [0, 2]] = (3, 5, 5)
+    table[0, 1] = (4, 5, 5)  # nearly a third of all resamples are without this picture
+    found = zero_shot(table, THREE)
+    assert found.notna().all(axis=None)
+    assert found.loc["unseen"].tolist() == pytest.approx([100 * 4 / 6] * 3)
+
+
 def test_intervals_hold_the_value_and_paired_ones_are_narrower() -> None:
     rng = np.random.RandomState(0)
     truths = rng.randint(0, 3, (40, 400))

@@ -78,7 +78,7 @@ def scores(frame: pd.DataFrame, split: Split, baseline: str | None = None) -> pd
         if baseline:
             other, centre = drawn[baseline]
             own, mean = own - (other if len(other) == len(own) else centre[:1]), mean - centre
-        ends = np.quantile(mean[1:], [0.025, 0.975], axis=0)
+        ends = np.nanquantile(mean[1:], [0.025, 0.975], axis=0)
         columns = zip(MEASURES, mean[0], *ends, own.T, strict=True)
         rows += [(name, *row, ", ".join(f"{value:.1f}" for value in each)) for *row, each in columns]
     table = pd.DataFrame(rows, columns=["system", "measure", "value", "low", "high", "each"])

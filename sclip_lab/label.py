@@ -5,6 +5,7 @@ Letters: q queries (words), H W image.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,9 +51,10 @@ class Labelling:
         chunks = logits.split(ROWS, dim=1) if isinstance(logits, Tensor) else logits
         labels, best, inverse = zip(*(self._labelled(chunk, query_class) for chunk in chunks), strict=True)
         if self.area_thd is not None:
-            stays = self._large_enough(torch.cat(labels), len(query_class))
+            dropped = ~self._large_enough(torch.cat(labels), len(query_class))
+            penalty = torch.where(dropped[query_class], -torch.inf, 0.0)[:, None, None]  # q 1 1
             parts = zip(chunks, labels, best, inverse, strict=True)
-            labels, inverse = zip(*(self._without(~stays, query_class, *part) for part in parts), strict=True)
+            labels, inverse = zip(*(self._without(dropped, penalty, query_class, *part) for part in parts), strict=True)
         return torch.cat(labels).masked_fill(torch.cat(inverse) * self.prob_thd > 1, 0)
 
     def _labelled(self, logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,15 +67,20 @@ class Labelling:
         return labels, best, (logits - best).mul_(self.logit_scale).exp_().sum(dim=0)
 
     def _without(
-        self, dropped: Tensor, query_class: Tensor, logits: Tensor, labels: Tensor, best: Tensor, inverse: Tensor
+        self,
+        dropped: Tensor,
+        penalty: Tensor,
+        query_class: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        best: Tensor,
+        inverse: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The class of the best word whose class is not dropped, and one over its probability, [rows W]."""
         # To ask whether a pixel is concerned would make a GPU wait.
         if not labels.is_cuda and not dropped[labels].any():
             return labels, inverse
-        without = torch.zeros(len(query_class), 1, 1, device=logits.device)
-        without[dropped[query_class]] = -torch.inf
-        labels, second = _winners(logits + without, query_class)
+        labels, second = _winners(logits + penalty, query_class)
         return labels, inverse * (self.logit_scale * (best - second)).exp()
 
     def _large_enough(self, labels: Tensor, classes: int) -> Tensor:
@@ -86,9 +93,14 @@ class Labelling:
 
 def _winners(logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor]:
     """The class of the best word, the first of equals, and its logit, [rows W]."""
-    best, count = logits.amax(dim=0), len(query_class)
+    best, places = logits.amax(dim=0), _places(len(query_class), logits.device)
     # On a processor max(dim=0), which finds the place by itself, takes twice as long, and comparing to bool thrice.
-    places = torch.arange(count, 0, -1, dtype=torch.float32, device=logits.device)
     winning = torch.eq(logits, best, out=torch.empty_like(logits, dtype=torch.float32))
-    first = count - winning.mul_(places[:, None, None]).amax(dim=0).long()
+    first = len(places) - winning.mul_(places).amax(dim=0).long()
     return query_class[first], best
+
+
+@lru_cache(64)
+def _places(words: int, device: torch.device) -> Tensor:
+    """The places of words from the last, [q 1 1], of which the first word's is the largest."""
+    return torch.arange(words, 0, -1, dtype=torch.float32, device=device)[:, None, None]

@@ -41,10 +41,10 @@ def _of_model_and_data() -> Path:
     if chosen() == "tiny":
         return Path()
     data = os.environ.get("SCLIP_DATA")
-    return Path(_plain(chosen()), _plain(str(Path(data).expanduser().resolve())) if data else "")
+    return Path(plain(chosen()), plain(str(Path(data).expanduser().resolve())) if data else "")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name or path as the name of one folder."""
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 

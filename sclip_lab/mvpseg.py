@@ -39,11 +39,11 @@ from sclip_lab.later import RECIPES
 from sclip_lab.losses import Loss, exclusive, likelihood, overlap, presence, resized
 from sclip_lab.protocol import Protocol, Stitched, windows
 from sclip_lab.segment import cosines
-from sclip_lab.splits import HIDDEN, Split
+from sclip_lab.splits import Split
 from sclip_lab.text import parse
 from sclip_lab.training import Objective
 from sclip_lab.trunk import dense, encode
-from sclip_lab.zegclip import Decoder, NameAlone, Prompts, ZegClip, aligned
+from sclip_lab.zegclip import Decoder, NameAlone, Prompts, ZegClip, aligned, own_tower
 
 Reading = tuple[str, str, tuple[int, ...]]  # attention, read-out, layers: see `trunk.dense`
 
@@ -56,8 +56,10 @@ class Words(NamedTuple):
 
 
 def words(clip: Clip, classes: Sequence[str]) -> Words:
-    """The words of classes, lines for `text.parse`, for a CLIP."""
+    """The words of classes, lines for `text.parse`, for a CLIP. Raises ValueError for words without an embedding."""
     lists = list(parse(classes).values())
+    if strange := [word for own in lists for word in own if not clip.knows(word)]:
+        raise ValueError(f"model {clip.name!r} never saw the words of {strange}: expected names from its own world")
     tokens = clip.tokenizer([word for words in lists for word in words])
     label = torch.tensor([label for label, words in enumerate(lists) for _ in words])
     return Words(tokens[:, : tokens.argmax(dim=1).max() + 1].to(clip.device), label.to(clip.device))
@@ -141,9 +143,10 @@ class MvpSeg(nn.Module):
         """Unit vectors [v k e] of classes in every view; with refining, those of its prompt come last."""
         return torch.cat([part(words) for part in (self.views, *([self.refine.view] if self.refine else []))])
 
+    @torch.no_grad()
     def classifier(self, words: Words) -> Tensor:
         """Unit vectors [k e], whose cosines with a patch are those of all views added up, but for a factor."""
-        return F.normalize(self.views(words).sum(dim=0), dim=-1).detach()
+        return F.normalize(self.views(words).sum(dim=0), dim=-1)
 
     def masks(self, pixels: Tensor, names: Tensor) -> Tensor:
         """Cosines m [b v k i j] of patches with names [v k e]."""
@@ -220,7 +223,7 @@ def student(clip: Clip, prompts: int = 10, seed: int = 0) -> ZegClip:
 
     The paper's is DeepLab on a ResNet-101, all of which learns, before a classifier of fixed vectors.
     """
-    width, embedding = clip.visual.proj.shape
+    width, embedding = own_tower(clip).proj.shape
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tuned = Prompts(clip.layers, prompts, width, clip.patch)
@@ -234,15 +237,15 @@ def taught(teacher: MvpSeg, classes: Sequence[str], split: Split, loss: Loss = e
     """What a student minimises on crops hidden by `split.transductive`: there the teacher's best unseen class is taken
     for true.
     """
-    every, unseen = words(teacher.clip, classes), list(split.unseen)
-    names, texts = teacher.names(every).detach(), teacher.classifier(every)
+    every = words(teacher.clip, classes)
+    with torch.no_grad():
+        names, texts = teacher.names(every), teacher.classifier(every)
 
     def objective(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
         shown = pixels(images, teacher.clip.mean, teacher.clip.std)
         with torch.no_grad():
-            guess = teacher.look(shown, names).at(truth.shape[-2:])[:, unseen].argmax(dim=1)  # b H W
-        found = torch.tensor(unseen, dtype=truth.dtype, device=truth.device)[guess]
-        return loss(model(shown, texts), torch.where(truth == HIDDEN, found, truth))
+            guess = teacher.look(shown, names).at(truth.shape[-2:])
+        return loss(model(shown, texts), split.guessed(truth, guess))
 
     return objective
 

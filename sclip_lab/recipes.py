@@ -3,9 +3,9 @@
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from sclip_lab.clip import Clip, load
 from sclip_lab.crops import Crops, photometric
 from sclip_lab.datasets import Dataset, load_dataset
-from sclip_lab.files import chosen, home
+from sclip_lab.files import cache, chosen, plain
 from sclip_lab.protocol import Protocol
 from sclip_lab.splits import SPLITS, Split, measure, zero_shot
 from sclip_lab.training import Schedule, own_device
@@ -23,6 +23,8 @@ from sclip_lab.trials import Labeller
 @dataclass(frozen=True)
 class Recipe:
     """How to train on pictures of one kind. colours: what is done to them."""
+
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("schedule",)  # fields that a run may be told by its own schedule instead
 
     schedule: Schedule
     protocol: Protocol
@@ -34,13 +36,20 @@ class Recipe:
         return Crops(dataset, hide, self.protocol.short_side, self.protocol.crop, self.scales, self.colours, seed)
 
     def scheduled(self, **asked: Any) -> Self:
-        """The same with some of a `Schedule` as asked for."""
-        return replace(self, schedule=replace(self.schedule, **asked))
+        """The same with some of each `Schedule` as asked for, of which a tenth at most warms up."""
+        return replace(self, schedule=scheduled(self.schedule, **asked))
 
     def made_with(self, clip: Clip, dataset: Dataset, split: Split) -> dict[str, str]:
-        """What tells a run of this recipe from others, beside the system and its schedule."""
-        pictures = f"{len(dataset.keys)} of {dataset.name} at {self.scales} {self.protocol}"
-        return {"model": clip.name, "pictures": pictures, "split": str(split)}
+        """What tells a run of this recipe from others, beside the system and its schedules."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {key: getattr(value, "__name__", str(value)) for key, value in own.items() if key not in self.SCHEDULES}
+        return {"model": clip.name, "pictures": f"{len(dataset.keys)} of {dataset.name}", "split": str(split), **named}
+
+
+def scheduled(schedule: Schedule, **asked: Any) -> Schedule:
+    """A schedule with some of it as asked for, of which a tenth at most warms up."""
+    changed = replace(schedule, **asked)
+    return replace(changed, warm_up=min(changed.warm_up, changed.steps // 10))
 
 
 class Trainable(NamedTuple):
@@ -63,7 +72,7 @@ def command(parser: argparse.ArgumentParser, system: Trainable) -> None:
     parser.add_argument("--root", type=Path, help="the folder of all data; SCLIP_DATA unless given")
     parser.add_argument("--limit", type=int, help="so many pictures, of those to learn from and of those to name")
     parser.add_argument(
-        "--output", type=Path, help="the checkpoint; below data/cache, named after all this, unless given"
+        "--output", type=Path, help="the checkpoint; in data/cache, named by model, split and seed, unless given"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
@@ -83,8 +92,8 @@ def _run(system: Trainable, options: argparse.Namespace) -> int:
     recipe = recipe.scheduled(**asked, accumulate=options.accumulate, precision=options.precision)
     clip = load(options.model, own_device())
     learned = load_dataset(split.dataset, options.root, options.limit, "train")
-    name = f"{system.name}-{options.split}-{options.seed}.safetensors"
-    path = options.output or home() / "data" / "cache" / name
+    name = f"{system.name}-{plain(options.model)}-{options.split}-{options.seed}.safetensors"
+    path = options.output or cache() / name
     model, label = system.learned(clip, learned, split, recipe, options.seed, path, options.workers)
     if options.self_train:
         path = path.with_stem(f"{path.stem}-self")

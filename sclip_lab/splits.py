@@ -53,6 +53,11 @@ class Split:
         table[list(self.unseen)] = HIDDEN
         return table[truth]
 
+    def guessed(self, truth: Tensor, scores: Tensor) -> Tensor:
+        """Labels [b H W] with, wherever they are HIDDEN, the unseen one of highest score, [b classes H W]."""
+        unseen = torch.tensor(self.unseen, dtype=truth.dtype, device=truth.device)
+        return torch.where(truth == HIDDEN, unseen[scores[:, list(self.unseen)].argmax(dim=1)], truth)
+
 
 COCO_UNSEEN = (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160)
 CONTEXT_UNSEEN = (20, 34, 49, 15, 8, 25, 7, 55, 32, 1)

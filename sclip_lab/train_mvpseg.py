@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sclip_lab import mvpseg, recipes, zegclip
@@ -17,7 +18,7 @@ from sclip_lab.losses import exclusive, presence
 from sclip_lab.mvpseg import MvpSeg, Reading, words
 from sclip_lab.protocol import Protocol
 from sclip_lab.splits import Split
-from sclip_lab.training import Schedule, train
+from sclip_lab.training import Schedule, digest, train
 from sclip_lab.trials import Labeller
 from sclip_lab.zegclip import ZegClip
 
@@ -30,6 +31,8 @@ class Recipe(recipes.Recipe):
     of None leave out its three designs.
     """
 
+    SCHEDULES = ("schedule", "student")
+
     views: int = 3
     length: int = 8
     gamma: float | None = 30.0
@@ -41,7 +44,7 @@ class Recipe(recipes.Recipe):
 
     def scheduled(self, **asked: Any) -> Self:
         """The same, and its student, with some of a `Schedule` as asked for."""
-        first, second = (replace(schedule, **asked) for schedule in self.student)
+        first, second = (recipes.scheduled(schedule, **asked) for schedule in self.student)
         return replace(super().scheduled(**asked), student=(first, second))
 
 
@@ -79,7 +82,7 @@ def learn(
     model = mvpseg.mvpseg(clip, recipe.views, recipe.length, recipe.gamma, recipe.reading, seed)
     weights = recipe.present, recipe.presence_weight, recipe.overlap_weight
     objective = mvpseg.inductive(clip, dataset.classes, split, *weights)
-    pictures, run = recipe.crops(dataset, split.inductive, seed), _made_with(model, dataset, split, recipe)
+    pictures, run = recipe.crops(dataset, split.inductive, seed), recipe.made_with(clip, dataset, split)
     return model, train(
         model, objective, pictures, recipe.schedule, seed, checkpoint, watch=watch, workers=workers, made_with=run
     )
@@ -96,7 +99,8 @@ def transfer(
     workers: int = 0,
 ) -> tuple[ZegClip, np.ndarray]:
     """MVP-SEG+: a student of a model from `learn`, taught and then left to itself, and the loss of every step."""
-    model, run = mvpseg.student(teacher.clip, seed=seed), _made_with(teacher, dataset, split, recipe)
+    model = mvpseg.student(teacher.clip, seed=seed)
+    run = recipe.made_with(teacher.clip, dataset, split) | {"teacher": digest(teacher)}
     texts = teacher.classifier(words(teacher.clip, dataset.classes))
     taught = mvpseg.taught(teacher, dataset.classes, split)
     alone = zegclip.transductive(teacher.clip, texts, split, exclusive)
@@ -112,7 +116,8 @@ def transfer(
 
 def labeller(model: MvpSeg, dataset: Dataset, split: Split, recipe: Recipe) -> Labeller:
     """What names pictures by the classes of a dataset. See `mvpseg.label`."""
-    names = model.names(words(model.clip, dataset.classes)).detach()
+    with torch.no_grad():
+        names = model.names(words(model.clip, dataset.classes))
     return partial(mvpseg.label, model, names=names, protocol=recipe.protocol)
 
 
@@ -128,12 +133,6 @@ def student_labeller(model: ZegClip, teacher: MvpSeg, dataset: Dataset, split: S
         offset=0.0,
         probability=zegclip.softmax,
     )
-
-
-def _made_with(model: MvpSeg, dataset: Dataset, split: Split, recipe: Recipe) -> dict[str, str]:
-    names = ("views", "length", "gamma", "reading", "presence_weight", "overlap_weight")
-    parts = {name: str(getattr(recipe, name)) for name in names} | {"present": recipe.present.__name__}
-    return {**recipe.made_with(model.clip, dataset, split), **parts}
 
 
 def _learned(

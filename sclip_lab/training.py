@@ -96,7 +96,7 @@ def train(
     optimiser = torch.optim.AdamW(_groups(module, schedule.decay), lr=schedule.rate)
     scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
     model, rank, world = _shared(module)
-    run = {"seed": str(seed), "schedule": str(schedule), "processes": str(world), "first weights": _digest(module)}
+    run = {"seed": str(seed), "schedule": str(schedule), "processes": str(world), "first weights": digest(module)}
     run = {**(made_with or {}), **run}
     losses = _resume(module, optimiser, scaler, checkpoint, run)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _in_training(module):
@@ -166,7 +166,7 @@ def _step(
     return total.item() if not scaler.is_enabled() or scaler.get_scale() >= 1 else math.nan
 
 
-def _digest(module: nn.Module) -> str:
+def digest(module: nn.Module) -> str:
     """A short name for the weights of a module."""
     digest = hashlib.sha256()
     for value in module.state_dict().values():

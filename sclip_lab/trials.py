@@ -48,7 +48,7 @@ def trials(
         key = (chosen(), dataset.name, str(split), name, seed)
         if key not in known or not set(dataset.keys) <= set(known[key]["image"]):
             part = _tidy(key, dataset, measure(system(seed), dataset, split.classes))
-            known = _read(path) | known | {key: part}  # another process may have added some
+            known = known | _read(path) | {key: part}  # another process may have added some
             _write(known, path)
         parts.append(known[key][known[key]["image"].isin(dataset.keys)])
     return pd.concat(parts, ignore_index=True)

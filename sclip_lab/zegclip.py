@@ -8,11 +8,12 @@ Zhou, Lei, Zhang, Liu, Liu, CVPR 2023, arXiv:2212.03588. Three designs, each of 
   `NameAlone` of the name.
 - `non_exclusive` loss: classes do not compete for a pixel; under `exclusive`, a softmax, they do.
 
-What the paper and the authors' code leave open, or do by accident, is decided so: CLS gets its class
-embedding once (the authors' code adds it again with the position); drop path skips whole blocks, not their two branches
-one by one; a class of several words has the mean of their vectors; the decoder's heads are 64 wide in every model. What
-comes after the logits of the decoder's last attention does not exist here, and neither does self-attention: of the
-authors' 13.8 million parameters for VOC these are 5.8, which nothing reads.
+What the paper and the authors' code leave open, or do by accident, is decided so: CLS gets its class embedding once
+(the authors' code adds it again with the position); drop path skips whole blocks, not their two branches one by one; a
+class of several words has the mean of their vectors; the decoder's heads are 64 wide in every model; pixels are
+normalised as CLIP's own (there by ImageNet's mean); void ones are left out of the loss (there negatives of all classes,
+see `losses.void_negative`). What comes after the logits of the decoder's last attention does not exist here, and
+neither does self-attention: of the authors' 13.8 million parameters for VOC these are 5.8, which nothing reads.
 
 Letters: b images, k classes, e CLIP's embedding, d width, n tokens, i j patch grid, h heads, H W pixels.
 """
@@ -32,7 +33,7 @@ from sclip_lab.clip import Clip
 from sclip_lab.images import pixels
 from sclip_lab.losses import Loss, non_exclusive, resized
 from sclip_lab.protocol import Protocol, Stitched, windows
-from sclip_lab.splits import HIDDEN, Split
+from sclip_lab.splits import Split
 from sclip_lab.text import queries
 from sclip_lab.training import Objective
 
@@ -207,9 +208,10 @@ def zegclip(
 ) -> ZegClip:
     """An untrained ZegCLIP on a CLIP's device. prompts: per layer, 10 for VOC, 100 for COCO, 0 for none.
 
-    begin: what sets the initial weights of descriptor and decoder, `published` or `aligned`.
+    begin: what sets the initial weights of descriptor and decoder, `published` or `aligned`. Raises ValueError for a
+    tower that is not open_clip's own, or not in float32.
     """
-    visual = clip.visual
+    visual = own_tower(clip)
     layers, (width, embedding) = len(visual.transformer.resblocks), visual.proj.shape
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -217,6 +219,13 @@ def zegclip(
         model = ZegClip(clip, tuned, describe(embedding), Decoder(embedding))
         begin(model)
     return model.to(visual.proj.device).eval()
+
+
+def own_tower(clip: Clip) -> VisionTransformer:
+    """The vision tower of a CLIP. Raises ValueError where prompts cannot go into it."""
+    if not hasattr(clip.visual, "transformer") or clip.visual.proj.dtype != torch.float32:
+        raise ValueError(f"model {clip.name!r}: expected open_clip's own ViT, in float32, such as ViT-B-16-quickgelu")
+    return clip.visual
 
 
 def names(clip: Clip, classes: Sequence[str], templates: Sequence[str] | None = TEMPLATES) -> Tensor:
@@ -241,13 +250,10 @@ def transductive(clip: Clip, texts: Tensor, split: Split, loss: Loss = non_exclu
 
     It is found anew at every step by the network that learns, which is to have been trained inductively.
     """
-    unseen = list(split.unseen)
 
     def objective(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
         maps = model(pixels(images, clip.mean, clip.std), texts)
-        guess = resized(maps.detach()[:, unseen], truth.shape[-2:]).argmax(dim=1)  # b H W
-        found = torch.tensor(unseen, dtype=truth.dtype, device=truth.device)[guess]
-        return loss(maps, torch.where(truth == HIDDEN, found, truth))
+        return loss(maps, split.guessed(truth, resized(maps.detach(), truth.shape[-2:])))
 
     return objective
 

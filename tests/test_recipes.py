@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sclip_lab import Clip, Protocol, load_dataset, train_mvpseg, train_zegclip
+from sclip_lab import Clip, Protocol, load, load_dataset, train_mvpseg, train_zegclip
 from sclip_lab.__main__ import main
+from sclip_lab.crops import photometric
 from sclip_lab.images import MEAN, STD
 from sclip_lab.splits import SPLITS
 from sclip_lab.training import Schedule
+from sclip_lab.zegclip import published
 
 
 @pytest.mark.parametrize("system", ["zegclip", "mvpseg"])
@@ -29,6 +31,29 @@ def test_the_command_trains_scores_and_says_where_the_checkpoint_is(
     assert (tmp_path / "run-self.safetensors").is_file()
     with safe_open(path, "pt") as file:
         assert len(file.get_tensor("losses")) == 2
+
+
+def test_a_checkpoint_of_another_recipe_or_teacher_is_refused(tmp_path: Path) -> None:
+    clip, split, path = load("tiny", "cpu"), SPLITS["scenes"], tmp_path / "run.safetensors"
+    dataset, once = load_dataset(split.dataset, split="train", limit=2), Schedule(1, batch=1)
+    recipe = replace(train_zegclip.RECIPES[split.dataset], schedule=once)
+    train_zegclip.learn(clip, dataset, split, recipe, checkpoint=path)
+    for other in ({"templates": ("{}",)}, {"begin": published}, {"colours": photometric}, {"scales": (1.0, 1.0)}):
+        with pytest.raises(ValueError, match=rf"^{path} is of ({next(iter(other))}|first weights) .*: delete it"):
+            train_zegclip.learn(clip, dataset, split, replace(recipe, **other), checkpoint=path)
+
+    own = train_mvpseg.RECIPES[split.dataset]
+    own, student = replace(own, schedule=once, student=(once, once)), tmp_path / "student.safetensors"
+    teachers = [train_mvpseg.learn(clip, dataset, split, own, seed)[0] for seed in (0, 1)]
+    train_mvpseg.transfer(teachers[0], dataset, split, own, checkpoint=student)
+    with pytest.raises(ValueError, match=r"is of teacher .*: delete it"):
+        train_mvpseg.transfer(teachers[1], dataset, split, own, checkpoint=student)
+
+
+def test_a_short_training_warms_up_for_a_tenth_at_most() -> None:
+    recipe = train_mvpseg.RECIPES["voc20"].scheduled(steps=100)
+    assert [schedule.warm_up for schedule in (recipe.schedule, *recipe.student)] == [10, 10, 10]
+    assert train_zegclip.RECIPES["voc20"].scheduled(batch=4).schedule == Schedule(20_000, batch=4)
 
 
 @pytest.mark.parametrize("source", [train_zegclip, train_mvpseg], ids=["zegclip", "mvpseg"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from sclip_lab.zegclip import (
     Decoder,
     Descriptor,
     NameAlone,
-    ZegClip,
     aligned,
     inductive,
     label,
@@ -227,9 +225,9 @@ def test_a_killed_run_resumed_ends_in_the_same_weights(
 
 
 def test_two_pictures_are_learned_by_heart(clip: Clip) -> None:
-    dataset = load_dataset("scenes-full", split="train", limit=2)
+    dataset = load_dataset("scenes-full", split="train")
     model, every = zegclip(clip, begin=aligned), Split("scenes-full", 20, (18,))
-    shown = [(image[:96, :96], truth[:96, :96]) for image, truth in map(dataset.read, dataset.keys)]
+    shown = [(image[:96, :96], truth[:96, :96]) for image, truth in map(dataset.read, ("21", "34"))]  # hard ones
     images, truths = (torch.from_numpy(np.stack(parts)) for parts in zip(*shown, strict=True))
     assert not (truths == 18).any()
     texts, optimiser = names(clip, dataset.classes), torch.optim.AdamW(model.parameters(), 2e-3)
@@ -293,16 +291,6 @@ def test_one_vector_per_class_is_the_mean_of_its_words(small: Clip) -> None:
     torch.testing.assert_close(found, torch.stack([cat, F.normalize(dog + hound, dim=0)]))
 
 
-def test_photographs_are_learned_from_as_voc_15_5(small: Clip) -> None:
-    root = os.environ.get("SCLIP_PHOTOS")
-    if not root:
-        pytest.skip("SCLIP_PHOTOS is not set: it names a folder with VOCdevkit/VOC2012")
-    split = SPLITS["voc20"]
-    dataset = dataclasses.replace(load_dataset(split.dataset, root, limit=4), split="train")  # all it has is "val"
-    model, texts = zegclip(small), names(small, dataset.classes)
-    pictures = Crops(dataset, split.inductive, short_side=128, crop=128, scales=(0.8, 1.2))
-    losses = train(model, inductive(small, texts, split), pictures, Schedule(20, 4, 2e-3, warm_up=2))
-    assert losses[-5:].mean() < 0.7 * losses[:5].mean()
-    found = label(model, dataset.read(dataset.keys[0])[0], texts, split, Protocol(128, 128, 96))
-    assert found.shape == dataset.read(dataset.keys[0])[1].shape
-    assert isinstance(model, ZegClip)
+def test_a_tower_in_half_precision_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^model 'tiny@bfloat16': expected open_clip's own ViT, in float32, .*$"):
+        zegclip(load("tiny@bfloat16", device="cpu"))

@@ -90,8 +90,8 @@ def _run(system: Trainable, options: argparse.Namespace) -> int:
     asked = {"steps": options.steps, "batch": options.batch}
     asked = {key: value for key, value in asked.items() if value is not None}
     recipe = recipe.scheduled(**asked, accumulate=options.accumulate, precision=options.precision)
+    learned, shown = (load_dataset(split.dataset, options.root, options.limit, part) for part in ("train", "val"))
     clip = load(options.model, own_device())
-    learned = load_dataset(split.dataset, options.root, options.limit, "train")
     name = f"{system.name}-{plain(options.model)}-{options.split}-{options.seed}.safetensors"
     path = options.output or cache() / name
     model, label = system.learned(clip, learned, split, recipe, options.seed, path, options.workers)
@@ -99,7 +99,6 @@ def _run(system: Trainable, options: argparse.Namespace) -> int:
         path = path.with_stem(f"{path.stem}-self")
         model, label = system.gone_on(model, learned, split, recipe, options.seed, path, options.workers)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
-        shown = load_dataset(split.dataset, options.root, options.limit)
         print(zero_shot(measure(label, shown, split.classes), split).round(1).to_string())
         print(path)
     return 0

@@ -76,7 +76,7 @@ def train(
     schedule: Schedule = Schedule(),
     seed: int = 0,
     checkpoint: Path | None = None,
-    every: int = 500,
+    every: int = 50,
     watch: Callable[[list[float]], None] | None = None,
     workers: int = 0,
     made_with: Mapping[str, str] | None = None,

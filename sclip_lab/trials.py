@@ -60,7 +60,8 @@ def scores(frame: pd.DataFrame, split: Split, baseline: str | None = None) -> pd
     `value` is the mean over seeds, `each` every seed's own. `low` to `high` is the 95 % bootstrap interval over
     pictures and seeds, drawn anew together: it covers other pictures of the kind, and other seeds as far as so few can
     tell (of three, it has two thirds of their variance). With `baseline`, one of the systems, it is the others' paired
-    difference to it, in points: both see the same pictures and, where they have as many, the same seeds.
+    difference to it, in points: both see the same pictures and, where they have as many, the same seeds (else the mean
+    over the one's seeds is set against that over the other's).
     """
     if (found := set(frame["split"])) != {str(split)}:
         raise ValueError(f"counts of {', '.join(sorted(found))}: expected those of {split}")

@@ -127,7 +127,7 @@ def drawn(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
 
 def _line(ax: Axes, part: str, sizes: pd.Series, values: pd.Series, power: float) -> None:
     colour, marker = LOOKS[part]
-    ax.loglog(sizes, values, marker, color=colour, label=f"{part}: {power:.2f}")
+    ax.loglog(sizes, values, marker, color=colour, label=f"{part}: {power:z.2f}")
     middle = np.exp(np.log(values).mean() - power * np.log(sizes).mean())
     ax.loglog(sizes, middle * sizes**power, color=colour, linewidth=1)
 

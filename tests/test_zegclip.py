@@ -125,6 +125,29 @@ def test_prompts_are_replaced_layer_by_layer(small: Clip) -> None:
         torch.testing.assert_close(ours, theirs / theirs.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-4)
 
 
+def test_the_beginning_is_the_authors(clip: Clip) -> None:
+    model = zegclip(clip)
+    bound, width = (6 / (3 * clip.patch**2 + clip.visual.proj.shape[0])) ** 0.5, clip.visual.proj.shape[0]
+    assert 0.98 * bound < model.prompts.tokens.abs().max() <= bound
+    assert model.prompts.proj.weight.std().item() == pytest.approx((2 / width) ** 0.5, rel=0.05)  # kaiming, fan out
+    linear = [layer for layer in [*model.describe.modules(), *model.decoder.modules()] if isinstance(layer, nn.Linear)]
+    assert [layer.weight.std().item() for layer in linear] == pytest.approx([0.02] * len(linear), rel=0.05)
+    assert not any(layer.bias.any() for layer in linear)
+
+
+def test_training_drops_tokens_and_whole_blocks(small: Clip, texts: Tensor) -> None:
+    model, images = zegclip(small).train(), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    stream = torch.ones(1, 6, small.visual.proj.shape[0])
+    assert not torch.equal(model.prompts.into(stream, 0), model.prompts.into(stream, 0))
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    _, times = torch.stack([model(images, texts).detach() for _ in range(60)]).unique(dim=0, return_counts=True)
+    assert len(times) == 2  # with the last block, or, one time in ten, without
+    assert 1 <= times.min() <= 15
+
+
 def test_positions_are_resized_bilinearly(small: Clip) -> None:
     flat = dataclasses.replace(small)
     shown = torch.zeros(1, 3, 128, 64)

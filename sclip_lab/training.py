@@ -168,10 +168,10 @@ def _step(
 
 def digest(module: nn.Module) -> str:
     """A short name for the weights of a module."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for value in module.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        hashed.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def _groups(module: nn.Module, decay: float) -> list[dict]:

@@ -3,6 +3,7 @@
 Letters: q queries (words), H W image.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from sclip_lab.metrics import histogram
+from sclip_lab.protocol import Stitched
 
 ROWS = 64  # rows labelled at a time
+NEVER = -1e4  # below any cosine, finite so that it can be stitched
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,14 @@ class Labelling:
         area = "" if self.area_thd is None else f"/{self.area_thd:g}"
         return f"{self.logit_scale:g}/{self.prob_thd:g}{area}"
 
-    def __call__(self, logits: Tensor | Iterable[Tensor], query_class: Tensor) -> Tensor:
-        """Cosines `logits` [q H W] and the class of each query [q] -> labels [H W] int64.
-
-        `logits` may also be chunks of rows [q rows W] that can be iterated twice, such as `protocol.Stitched`.
-        """
-        chunks = logits.split(ROWS, dim=1) if isinstance(logits, Tensor) else logits
-        labels, best, inverse = zip(*(self._labelled(chunk, query_class) for chunk in chunks), strict=True)
+    def __call__(self, logits: Tensor | Stitched, query_class: Tensor) -> Tensor:
+        """Cosines `logits` [q H W] and the class of each query [q] -> labels [H W] int64."""
+        labels, best, inverse = zip(*(self._labelled(chunk, query_class) for chunk in _chunks(logits)), strict=True)
         if self.area_thd is not None:
             dropped = ~self._large_enough(torch.cat(labels), len(query_class))
-            penalty = torch.where(dropped[query_class], -torch.inf, 0.0)[:, None, None]  # q 1 1
-            parts = zip(chunks, labels, best, inverse, strict=True)
-            labels, inverse = zip(*(self._without(dropped, penalty, query_class, *part) for part in parts), strict=True)
+            left = _chunks(logits.masked_fill(dropped[query_class][:, None, None], NEVER))
+            parts = zip(left, labels, best, inverse, strict=True)
+            labels, inverse = zip(*(self._without(dropped, query_class, *part) for part in parts), strict=True)
         return torch.cat(labels).masked_fill(torch.cat(inverse) * self.prob_thd > 1, 0)
 
     def _labelled(self, logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,23 +63,17 @@ class Labelling:
         labels, best = _winners(logits, query_class)
         if not self.prob_thd:
             return labels, best, torch.zeros_like(best)
-        return labels, best, (logits - best).mul_(self.logit_scale).exp_().sum(dim=0)
+        # By powers of two, which on a processor take a third of the time of powers of e.
+        return labels, best, (logits - best).mul_(self.logit_scale / math.log(2)).exp2_().sum(dim=0)
 
     def _without(
-        self,
-        dropped: Tensor,
-        penalty: Tensor,
-        query_class: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        best: Tensor,
-        inverse: Tensor,
+        self, dropped: Tensor, query_class: Tensor, logits: Tensor, labels: Tensor, best: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The class of the best word whose class is not dropped, and one over its probability, [rows W]."""
+        """The class of the best word that is left in `logits`, and one over its probability, [rows W]."""
         # To ask whether a pixel is concerned would make a GPU wait.
         if not labels.is_cuda and not dropped[labels].any():
             return labels, inverse
-        labels, second = _winners(logits + penalty, query_class)
+        labels, second = _winners(logits, query_class)
         return labels, inverse * (self.logit_scale * (best - second)).exp()
 
     def _large_enough(self, labels: Tensor, classes: int) -> Tensor:
@@ -89,6 +82,11 @@ class Labelling:
         stay = area > (self.area_thd or 0.0) * area[1:].sum()
         stay[0] = True
         return stay
+
+
+def _chunks(logits: Tensor | Stitched) -> Iterable[Tensor]:
+    """Some rows at a time, [q rows W]."""
+    return logits.split(ROWS, dim=1) if isinstance(logits, Tensor) else logits
 
 
 def _winners(logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Letters: H W image, h w window (pixels), n windows = r x c, q queries, i j patch
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -115,6 +116,12 @@ class Stitched:
         order, self.bands = _bands(protocol, size[0], resized[0], scores.shape[2], rows, scores.device)
         grid = scores.float().unflatten(0, (r, c)).permute(2, 0, 3, 1, 4)  # q r i c j
         self.columns_done = grid.flatten(3, 4).flatten(1, 2)[:, order] @ cols.T  # q r*i W
+
+    def masked_fill(self, mask: Tensor, value: float) -> "Stitched":
+        """The same, with a finite value for some of the queries, [q 1 1], as of a tensor [q H W]."""
+        filled = copy(self)
+        filled.columns_done = self.columns_done.masked_fill(mask, value)
+        return filled
 
     def __iter__(self) -> Iterator[Tensor]:
         for read, weights in self.bands:

@@ -1,8 +1,9 @@
 """Pictures to learn from: crops, mirrored and resized at random, as mmsegmentation's recipes have them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,15 +38,21 @@ class Crops(torch.utils.data.Dataset):
     def __post_init__(self) -> None:
         if self.dataset.split != "train":
             raise ValueError(f"{self.dataset.name!r} is for evaluation: expected load_dataset(..., split='train')")
-        if len(self.dataset.keys) <= KEPT:
-            kept = replace(self.dataset, read=lru_cache(KEPT)(self.dataset.read))
-            object.__setattr__(self, "dataset", kept)  # frozen for all others
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that reads ahead keeps pictures of its own: the cache cannot be sent to it.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def _read(self) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+        read = self.dataset.read
+        return lru_cache(KEPT)(read) if len(self.dataset.keys) <= KEPT else read
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         epoch, place = divmod(index, len(self.dataset.keys))
         order = _order(len(self.dataset.keys), self.seed, epoch)
         rng = np.random.RandomState([self.seed, index, 1])
-        image, truth = self.dataset.read(self.dataset.keys[order[place]])
+        image, truth = self._read(self.dataset.keys[order[place]])
         image, truth = self._cut(rng, *self._resized(rng, image, self.hide(truth)))
         if rng.uniform() < 0.5:
             image, truth = image[:, ::-1], truth[:, ::-1]

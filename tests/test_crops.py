@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from sclip_lab import load_dataset
 from sclip_lab.crops import Crops, photometric
@@ -42,6 +43,14 @@ def test_a_crop_depends_on_seed_and_number_alone() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(first[index], again[index], strict=True))
     assert any(not np.array_equal(first[index][1], other[index][1]) for index in range(3))
     assert not np.array_equal(first[0][0], first[5][0])
+
+
+def test_processes_that_read_ahead_make_the_same_crops() -> None:
+    crops = Crops(load_dataset("scenes-full", split="train", limit=5), SPLIT.inductive, 144, 96, distort=photometric)
+    here = [crops[index] for index in range(4)]  # after which it keeps pictures
+    there = DataLoader(crops, batch_size=None, sampler=range(4), num_workers=1, multiprocessing_context="spawn")
+    for (image, truth), (read_image, read_truth) in zip(here, there, strict=True):
+        assert np.array_equal(image, read_image) and np.array_equal(truth, read_truth)
 
 
 def test_every_picture_is_read_once_before_any_is_read_again() -> None:

@@ -5,7 +5,8 @@
 Prints tables and writes data/results/speed-DEVICE.csv. Pictures are photographs where SCLIP_PHOTOS names a folder of
 them, scenes of VOC's size otherwise; weights are random unless SCLIP_MODEL names some. The plain loop labels the same
 pictures once for each of PLAIN, a quarter of the variants, and its seconds are multiplied by four. After each of these
-the lab's sweeps and the products of the tower are timed once more. Medians are kept.
+the lab's sweeps and the products of the tower are timed once more. Ratios are taken within such a round, which a
+machine's neighbours disturb alike, and medians of the rounds are kept.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,11 @@ GRIDS = {  # attentions, read-outs
     "one_bare": (VARIANTS[:1], READOUTS[-1:]),
     "twenty_bare": (VARIANTS, READOUTS[-1:]),
     "five_by_four": (VARIANTS[:5], READOUTS),
+}
+RATIOS = {
+    "twenty/one": ("twenty", "one"),
+    "twenty/one, bare": ("twenty_bare", "one_bare"),
+    "five x four/one": ("five_by_four", "one"),
 }
 Setting = tuple[Clip, Dataset, Queries]
 
@@ -78,7 +84,7 @@ def trunk_share(clip: Clip, dataset: Dataset) -> Callable[[], float]:
 
 
 def compared(kind: str) -> pd.DataFrame:
-    """One row per precision: median seconds for all pictures, ratios of them, and the share of labels in common."""
+    """One row per precision: medians of seconds for all pictures and of ratios, and the share of labels in common."""
     synonyms, labelling = KINDS[kind]
     clips, dataset = {name: vit_b16(dtype) for name, dtype in PRECISIONS.items()}, pictures(PICTURES, labelling)
     exact = clips["float32"]
@@ -97,14 +103,12 @@ def compared(kind: str) -> pd.DataFrame:
         for name in clips:
             took = {grid: seconds(work) for grid, work in works[name].items()}
             rows.append({"precision": name, "plain": spent, **took, "trunk_share": shares[name]()})
-    table = pd.DataFrame(rows).groupby("precision", sort=False).median()
+    rounds = pd.DataFrame(rows)
+    for name, (grid, one) in RATIOS.items():
+        rounds[name] = rounds[grid] / rounds[one]
+    rounds["plain x 20/twenty"] = len(VARIANTS) * rounds["plain"] / rounds["twenty"]
+    table = rounds.groupby("precision", sort=False).median()
     table = table.join(pd.DataFrame(same, columns=["precision", "same_labels"]).groupby("precision").mean())
-    table["twenty/one"], table["twenty/one, bare"] = (
-        table["twenty"] / table["one"],
-        table["twenty_bare"] / table["one_bare"],
-    )
-    table["five x four/one"] = table["five_by_four"] / table["one"]
-    table["plain x 20/twenty"] = len(VARIANTS) * table["plain"] / table["twenty"]
     return table.assign(vocabulary=kind, pictures=f"{PICTURES} {dataset.name}", model=exact.name)
 
 

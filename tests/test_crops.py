@@ -50,7 +50,8 @@ def test_processes_that_read_ahead_make_the_same_crops() -> None:
     here = [crops[index] for index in range(4)]  # after which it keeps pictures
     there = DataLoader(crops, batch_size=None, sampler=range(4), num_workers=1, multiprocessing_context="spawn")
     for (image, truth), (read_image, read_truth) in zip(here, there, strict=True):
-        assert np.array_equal(image, read_image) and np.array_equal(truth, read_truth)
+        assert np.array_equal(image, read_image)
+        assert np.array_equal(truth, read_truth)
 
 
 def test_every_picture_is_read_once_before_any_is_read_again() -> None:

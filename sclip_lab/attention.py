@@ -35,6 +35,7 @@ def affinity(site: Site, a: Tensor, b: Tensor) -> Tensor:
     """softmax(s a bᵀ) over the last axis: [b h n c], [b h n c] -> [b h n n], in the running dtype as the authors do.
 
     Of a site's own q, k, v it is computed once for all variants, where no gradient is wanted: none may change it.
+    Raises RuntimeError where one has.
     """
     own = {id(site.q): "q", id(site.k): "k", id(site.v): "v"}
     if torch.is_grad_enabled() or not own.keys() >= {id(a), id(b)}:
@@ -42,7 +43,10 @@ def affinity(site: Site, a: Tensor, b: Tensor) -> Tensor:
     pair = own[id(a)] + own[id(b)]
     if pair not in site.affinities:
         site.affinities[pair] = (site.scale * a @ b.mT).softmax(-1)
-    return site.affinities[pair]
+    weights = site.affinities[pair]
+    if not weights.is_inference() and weights._version:
+        raise RuntimeError(f"an attention changed softmax({pair}) in place, which others share: let it change a copy")
+    return weights
 
 
 @variant
@@ -136,16 +140,18 @@ def random(n: int = 1, seed: int = 0) -> Attention:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"random n={n!r}: expected a number of matrices, at least 1")
 
-    @lru_cache(maxsize=1)
-    def matrices(d: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.stack([torch.randn(d, d, generator=generator) for _ in range(n)]) / math.sqrt(d)
-
     def attend(site: Site) -> Tensor:
-        projected = (site.heads(site.x @ matrix) for matrix in matrices(site.x.shape[-1]).to(site.x))
+        projected = (site.heads(site.x @ matrix) for matrix in _matrices(n, site.x.shape[-1], seed).to(site.x))
         return sum((affinity(site, p, p) for p in projected), start=torch.zeros(())) / n
 
     return attend
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _matrices(n: int, d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(d, d, generator=generator) for _ in range(n)]) / math.sqrt(d)
 
 
 @variant

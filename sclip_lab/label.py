@@ -99,6 +99,7 @@ def _winners(logits: Tensor, query_class: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(64)
+@torch.inference_mode(False)  # or what is made there could never be used where gradients are wanted
 def _places(words: int, device: torch.device) -> Tensor:
     """The places of words from the last, [q 1 1], of which the first word's is the largest."""
     return torch.arange(words, 0, -1, dtype=torch.float32, device=device)[:, None, None]

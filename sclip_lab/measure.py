@@ -4,7 +4,7 @@ A `Measurement` is the unit of work. It says all that it needs, so that another 
 pictures, and what it makes are counts, which add up.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -69,7 +69,7 @@ class Measurement:
     def clip(self) -> Clip:
         return self.model if isinstance(self.model, Clip) else loaded(self.model)
 
-    def run(self, keys: Sequence[str]) -> Iterator[list[Record] | BrokenImage]:
+    def run(self, keys: Sequence[str]) -> Generator[list[Record] | BrokenImage, None, None]:
         """One record per cell of each picture, in their order, or what is wrong with its files."""
         if self.clip.device.type == "cpu":
             return side_by_side(lambda key: self.count([self.read(key)])[0], keys)
@@ -87,12 +87,27 @@ class Measurement:
             for name, (dataset, classes) in datasets.items():
                 image, truths[name] = dataset.read(key)
                 if (strange := truths[name][(truths[name] >= classes) & (truths[name] != IGNORE)]).size:
-                    raise ValueError(f"label {strange[0]} in picture {key!r} of {name!r}: expected below {classes}")
+                    expected = f"expected below {classes}, or {IGNORE} for void: see that `classes` fit the masks"
+                    raise ValueError(f"label {strange[0]} in picture {key!r} of {name!r}: {expected}")
+                if truths[name].shape != image.shape[:2]:
+                    sizes = f"{list(truths[name].shape)} for an image {list(image.shape)}"
+                    raise ValueError(f"labels {sizes} of picture {key!r} of {name!r}: expected one per pixel")
+            cuts = self._cut(key, image)
         except BrokenImage as error:
             if self.strict:
                 raise
             return error
-        return Picture(key, image, windows(image, self.protocol), truths)
+        return Picture(key, image, cuts, truths)
+
+    def _cut(self, key: str, image: np.ndarray) -> np.ndarray:
+        try:
+            cuts = windows(image, self.protocol)
+        except ValueError as error:
+            raise BrokenImage(f"picture {key!r}: {error}") from None
+        if min(cuts.shape[1:3]) < self.clip.patch:
+            sizes = f"{image.shape[0]} x {image.shape[1]} pixels"
+            raise BrokenImage(f"picture {key!r} of {sizes}: under {self.protocol} it is narrower than a patch")
+        return cuts
 
     @torch.no_grad()
     def count(self, pictures: Sequence[Picture | BrokenImage]) -> list[list[Record] | BrokenImage]:
@@ -106,7 +121,7 @@ class Measurement:
             heads.append((key, cell))
             tallies.append(counts)
         records: dict[str, list[Record]] = {key: [] for key, _ in heads}
-        # Only here a GPU is waited for.
+        # A GPU is waited for here, and to see that features are finite: per batch, for no single picture.
         found = torch.cat(tallies).cpu().split(list(map(len, tallies))) if tallies else ()
         for (key, cell), counts in zip(heads, found, strict=True):
             records[key].append(((*cell, key), self.cells[cell][1][1].names, counts.numpy()))

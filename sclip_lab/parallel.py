@@ -5,10 +5,11 @@ Whatever the way, what is made of a picture is the same, and comes as soon as it
 
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from textwrap import shorten
 from typing import TypeVar
 
 import torch
@@ -26,7 +27,9 @@ def progress(results: Iterable[Result], about: str, total: int) -> Iterator[Resu
     yield from tqdm(results, about, total, unit="image", file=sys.stdout, disable=not (about and total))
 
 
-def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: str = "") -> Iterator[Result]:
+def side_by_side(
+    work: Callable[[str], Result], keys: Collection[str], about: str = ""
+) -> Generator[Result, None, None]:
     """What `work` makes of each key, in their order, as many at a time as torch has threads; with a bar `about` it.
 
     Each has one thread for itself: what follows from one picture is too small to be shared among threads, which wait
@@ -43,7 +46,7 @@ def side_by_side(work: Callable[[str], Result], keys: Collection[str], about: st
 
 def in_batches(
     read: Callable[[str], Read], work: Callable[[Sequence[Read]], Iterable[Result]], keys: Iterable[str]
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """What `work` makes of BATCH keys at a time, read ahead in the background, in their order.
 
     Where a GPU's memory does not do for a batch, it and all that follow are half as large. Raises
@@ -76,19 +79,34 @@ def _ahead(pool: ThreadPoolExecutor, read: Callable[[str], Read], keys: Iterable
         yield waiting.popleft().result()
 
 
-def in_shards(work: Callable[[Sequence[str]], Iterable[Result]], keys: Sequence[str], n_jobs: int) -> Iterator[Result]:
+def in_shards(
+    work: Callable[[Sequence[str]], Iterable[Result]], keys: Sequence[str], n_jobs: int
+) -> Generator[Result, None, None]:
     """What `work` makes of shards of the keys, as they come, by joblib: on `n_jobs` processes (-1: all cores).
 
     Or on whatever `joblib.parallel_config` names around the call, as the workers of a Dask cluster, of which two should
     be there: with a single one joblib does the work here, with none it gives up after ten seconds.
     """
+    import cloudpickle
     from joblib import Parallel, delayed, effective_n_jobs
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
     from joblib.parallel import get_active_backend
 
+    backend = get_active_backend()[0]
+    if not getattr(backend, "supports_sharedmem", False):  # some would wait forever for what cannot be sent
+        try:
+            cloudpickle.dumps(work)
+        except Exception as error:
+            advice = "expected functions and readers that can be pickled; n_jobs=None measures in this process"
+            raise TypeError(f"work cannot be sent to processes ({shorten(str(error), 160)}): {advice}") from None
     size = max(min(SHARD, len(keys) // (4 * effective_n_jobs(n_jobs))), 1)
     shards = (keys[start : start + size] for start in range(0, len(keys), size))
     # All are handed out at once: joblib's default is as many as keep busy the workers that are there at the beginning.
-    comes = get_active_backend()[0].supports_return_generator  # those of Ray and Spark answer at the end only
+    comes = backend.supports_return_generator  # those of Ray and Spark answer at the end only
     parallel = Parallel(n_jobs, pre_dispatch="all", return_as="generator_unordered" if comes else "list")
-    for results in parallel(delayed(work)(shard) for shard in shards):
-        yield from results
+    try:
+        for results in parallel(delayed(work)(shard) for shard in shards):
+            yield from results
+    except TerminatedWorkerError:
+        advice = "what was measured is kept; run again, with a smaller n_jobs if memory was short"
+        raise RuntimeError(f"one of n_jobs={n_jobs} processes was killed: {advice}") from None

@@ -110,7 +110,7 @@ class Stitched:
         r, c = (len(protocol.starts(side)) for side in resized)
         if len(scores) != r * c:
             raise ValueError(f"scores of {len(scores)} windows: expected {r} x {c} for image {size} under {protocol}")
-        cols = _axis(protocol, size[1], resized[1], scores.shape[3]).to(scores.device)
+        cols = _columns(protocol, size[1], resized[1], scores.shape[3], scores.device)
         chunk = CHUNK if scores.device.type == "cpu" else LARGE_CHUNK
         rows = max(chunk // (scores.shape[1] * size[1]), 1)
         order, self.bands = _bands(protocol, size[0], resized[0], scores.shape[2], rows, scores.device)
@@ -137,6 +137,7 @@ def stitch(scores: Tensor, protocol: Protocol, size: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=128)
+@torch.inference_mode(False)  # or what is made there could never be used where gradients are wanted
 def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
     """[own, r*i]: what each of an image's `own` rows (or columns) reads from the patches of all windows.
 
@@ -155,6 +156,13 @@ def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
 
 
 @lru_cache(maxsize=128)
+def _columns(protocol: Protocol, own: int, resized: int, patches: int, device: torch.device) -> Tensor:
+    """`_axis` on a device, which would have to wait for it every time."""
+    return _axis(protocol, own, resized, patches).to(device)
+
+
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)
 def _bands(
     protocol: Protocol, own: int, resized: int, patches: int, rows: int, device: torch.device
 ) -> tuple[Tensor, list[tuple[slice, Tensor]]]:

@@ -5,9 +5,9 @@ columns are categories, since they repeat.
 
 What a sweep measures is added in pieces, files of their own beside the table, which become part of it when the sweep
 ends. A piece is there as a whole or not at all, and its rows are in the table or in the piece: whenever a sweep is
-killed, at most EVERY seconds of its work are lost. Sweeps that write to the same table at once take turns, by a lock
-beside it; what a killed one has left goes with the next merge. Pages carry checksums, so that a bit that flips on the
-way is no other count.
+killed, what came in its last EVERY seconds is lost, and what was being measured. Sweeps that write to the same table at
+once take turns, by a lock beside it; what a killed one has left goes with the next merge. Pages carry checksums, so
+that a bit that flips on the way is no other count.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ COUNTS = ["intersection", "predicted", "true"]
 HEAD = [*CELL, "image"]
 TEXT = [*HEAD, "class"]
 PIECE = "[!.]*.parquet"  # hidden ones are being written
-EVERY = 20.0  # seconds of work that a kill may cost
+EVERY = 20.0  # seconds between pieces
 PATIENCE = 600.0  # seconds to wait for others, each of which writes for a moment
 
 Head = tuple[str, ...]  # the values of HEAD

@@ -7,6 +7,7 @@ and interval is derived from them later (`summary`).
 
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -65,6 +66,7 @@ def sweep(
     wanted: dict[Head, None] = {}  # in order
     broken: list[BrokenImage] = []
     with Store(results() / f"{store}.parquet" if store else None) as table:
+        _tell_apart(asked, table.frame)
         for protocol, group in _sharing(asked, _listed(protocols) if protocols else [], clip):
             whole = Measurement.of(
                 clip if n_jobs is None else model, clip.name, protocol, product(variants, group), strict
@@ -72,11 +74,12 @@ def sweep(
             about = f"{group[0][0].pictures} {protocol}"
             for part, keys in _lacking(whole, group[0][0].keys, table.heads | wanted.keys()):
                 found = part.run(keys) if n_jobs is None else in_shards(part.shard, keys, n_jobs)
-                for records in progress(found, about, len(keys)):
-                    if isinstance(records, list):
-                        table.add(records)
-                    else:
-                        broken.append(records)
+                with closing(found):  # whatever ends this, workers end with it
+                    for records in progress(found, about, len(keys)):
+                        if isinstance(records, list):
+                            table.add(records)
+                        else:
+                            broken.append(records)
             wanted |= dict.fromkeys((*cell, key) for key in group[0][0].keys for cell in whole.cells)
     if broken:
         named = "; ".join(sorted(map(str, broken)))
@@ -93,6 +96,17 @@ def _lacking(whole: Measurement, keys: Sequence[str], known: Collection[Head]) -
     for key in keys:
         lacking.setdefault(tuple(cell for cell in whole.cells if (*cell, key) not in known), []).append(key)
     return [(whole.only(cells), keys) for cells, keys in lacking.items() if cells]
+
+
+def _tell_apart(asked: list[Asked], known: pd.DataFrame) -> None:
+    """Raise ValueError where one name stands for other classes, here or in what is known."""
+    classes = {name: set(rows["class"]) for name, rows in known.groupby("dataset", observed=True)}
+    lists: dict[str, Any] = {}
+    for dataset, words in asked:
+        if classes.setdefault(dataset.name, set(words.names)) != set(words.names):
+            raise ValueError(f"dataset {dataset.name!r} is known with other classes: expected another name, or store")
+        if lists.setdefault(dataset.name, dataset.classes) != dataset.classes:
+            raise ValueError(f"two datasets are called {dataset.name!r}: expected names of their own, for other words")
 
 
 def _named(attentions: Any) -> list[Attention]:

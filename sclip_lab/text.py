@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -116,8 +116,9 @@ def _embedded(clip: "Clip", words: list[str], templates: tuple[str, ...]) -> dic
                 known[word] = _embed(clip, word, templates)
         finally:
             # Words that another process has added meanwhile are kept. A disk that takes nothing costs only time.
-            with suppress(OSError), replacing(path) as temporary:
-                save_file(_on_disk(path, "cpu") | {word: vector.cpu() for word, vector in known.items()}, temporary)
+            with suppress(OSError, SafetensorError), replacing(path) as temporary:
+                own = _on_disk(path, "cpu") | {word: vector.cpu() for word, vector in known.items()}
+                save_file(own, temporary, {"digest": _digest(own)})
     return known
 
 
@@ -128,9 +129,19 @@ def _embed(clip: "Clip", word: str, templates: Iterable[str]) -> Tensor:
 
 def _on_disk(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
-        return load_file(path, str(device))
+        with safe_open(path, "pt", str(device)) as file:
+            found = {word: file.get_tensor(word) for word in file.keys()}  # noqa: SIM118
+            return found if (file.metadata() or {}).get("digest") == _digest(found) else {}
     except (OSError, SafetensorError):  # nothing there, or nothing that can be used: it is written anew
         return {}
+
+
+def _digest(vectors: dict[str, Tensor]) -> str:
+    """What tells whether a bit of the vectors has changed."""
+    digest = blake2b(digest_size=12)
+    for word, vector in sorted(vectors.items()):
+        digest.update(word.encode() + vector.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(clip: "Clip", templates: tuple[str, ...]) -> str:

@@ -1,12 +1,18 @@
 """Batches, shards and threads, against doing one after the other."""
 
+import os
+import signal
+from threading import Lock
+
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from joblib import parallel_config
+from setting import VARIANTS
 
-from sclip_lab import Clip, Protocol, load, load_dataset, scenes, sweep
+from sclip_lab import Clip, Protocol, load, load_dataset, registry, scenes, sweep
 from sclip_lab.datasets import Dataset
 from sclip_lab.measure import Measurement
 from sclip_lab.parallel import in_batches, in_shards
@@ -82,11 +88,28 @@ def test_shards_are_of_all_keys_and_every_one_is_done_once(backend: str) -> None
         assert sorted(in_shards(list, KEYS, 2)) == sorted(KEYS)
 
 
+@pytest.mark.parametrize("spec", [*registry.variants(), *VARIANTS])
+def test_every_variant_can_be_sent(spec: str) -> None:
+    assert registry.canonical(cloudpickle.loads(cloudpickle.dumps(attention(spec)))) == registry.canonical(spec)
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_what_cannot_be_sent_is_refused(backend: str) -> None:
+    lock = Lock()
+    with parallel_config(backend), pytest.raises(TypeError, match=r"cannot be sent .*lock.*n_jobs=None measures in th"):
+        list(in_shards(lambda keys: [lock], KEYS, 2))
+
+
+def test_a_process_that_is_killed_ends_the_sweep_in_one_line() -> None:
+    with parallel_config("loky"), pytest.raises(RuntimeError, match=r"one of n_jobs=2 processes was killed: .* kept"):
+        list(in_shards(lambda keys: os.kill(os.getpid(), signal.SIGKILL), KEYS, 2))
+
+
 def test_processes_measure_what_threads_do_with_attentions_of_ones_own() -> None:
     def mine(site):
         return (site.scale * site.q @ site.q.mT).softmax(-1)
 
-    variants = ["csa", "window(size=3)", mine]
+    variants = ["csa", "window(size=3)", "random(n=2)", mine]
     here = sweep("tiny", ["scenes-full", "scenes-things"], variants, PROTOCOL, limit=5)
     there = sweep("tiny", ["scenes-full", "scenes-things"], variants, PROTOCOL, limit=5, n_jobs=2)
     pd.testing.assert_frame_equal(there, here)

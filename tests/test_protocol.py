@@ -134,6 +134,15 @@ def test_nonsense_is_refused_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_stitched_in_inference_mode_leaves_gradients_to_others():
+    size = (61, 79)  # of no other test
+    with torch.inference_mode():
+        stitch(torch.randn(6, 3, 4, 4), SMALL, size)
+    scores = torch.randn(6, 3, 4, 4, requires_grad=True)
+    stitch(scores, SMALL, size).sum().backward()
+    assert scores.grad.isfinite().all()
+
+
 def test_an_image_that_vanishes_is_refused():
     with pytest.raises(ValueError, match="1 x 9000"):
         windows(np.zeros((1, 9000, 3), np.uint8), Protocol())

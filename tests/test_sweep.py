@@ -1,5 +1,6 @@
 """Sweeps against segmenting image by image, and against scikit-learn's confusion matrix."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from sclip_lab import Clip, Protocol, compare, encode, load, load_dataset, logits, repair, segment, summarise, sweep
-from sclip_lab.datasets import BrokenImage
+from sclip_lab.datasets import BrokenImage, Dataset
 from sclip_lab.images import pixels
 from sclip_lab.later import repaired
 from sclip_lab.protocol import stitch, windows
@@ -136,6 +137,46 @@ def test_a_broken_picture_is_named_and_left_out_unless_strict(clip: Clip, folder
         assert torch.get_num_threads() == 2, ended  # while the error is still held
     finally:
         torch.set_num_threads(before)
+
+
+def test_pictures_of_no_use_to_the_tower_are_named_and_left_out(clip: Clip) -> None:
+    sizes = {"fit": (60, 80), "long": (1, 9000), "thin": (3000, 4)}
+
+    def read(key: str) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((*sizes[key], 3), np.uint8), np.zeros(sizes[key], np.uint8)
+
+    dataset = Dataset("odd", "odd", ("sky", "grass"), tuple(sizes), read)
+    with pytest.warns(UserWarning, match="2 in all: picture 'long': .*elongated; picture 'thin' .* narrower than a p"):
+        assert set(sweep(clip, dataset, "csa", PROTOCOL)["image"]) == {"fit"}
+    with pytest.raises(ValueError, match=r"labels \[3, 4\] for an image \[60, 80, 3\] of picture 'fit'"):
+        sweep(clip, replace(dataset, read=lambda key: (read(key)[0], np.zeros((3, 4), np.uint8))), "csa", PROTOCOL)
+
+
+def test_one_name_stands_for_one_list_of_classes(clip: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path))
+    dataset = load_dataset("scenes-full", limit=1)
+    turned = replace(dataset, classes=dataset.classes[::-1])
+    longer = replace(dataset, classes=("|".join(dataset.classes[:2]), *dataset.classes[1:]))
+    fewer = replace(dataset, classes=dataset.classes[:-1])
+    for other in (turned, longer, fewer):
+        with pytest.raises(ValueError, match="'scenes-full'"):
+            sweep(clip, [dataset, other], "csa", PROTOCOL)
+    sweep(clip, dataset, "csa", PROTOCOL, store="kept")
+    with pytest.raises(ValueError, match="'scenes-full' is known with other classes"):
+        sweep(clip, fewer, "csa", PROTOCOL, store="kept")
+
+
+def test_nothing_goes_on_after_an_error(clip: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SCLIP_RESULTS", str(tmp_path))
+    monkeypatch.setattr("sclip_lab.store.EVERY", 0.0)
+    (tmp_path / "full.pieces").write_text("a file where a folder would be")
+    dataset, begun = load_dataset("scenes-full", limit=40), []
+    watched = replace(dataset, read=lambda key: begun.append(key) or dataset.read(key))
+    with pytest.raises(OSError, match="counts cannot be written") as ended:
+        sweep(clip, watched, "csa", PROTOCOL, store="full")
+    number = len(begun)
+    time.sleep(0.5)
+    assert number == len(begun) < 40, ended  # while the error is still held
 
 
 def test_a_dataset_brings_its_own_protocol_unless_one_is_given(clip: Clip) -> None:

@@ -1,4 +1,5 @@
 import gc
+import os
 import weakref
 from copy import deepcopy
 from dataclasses import replace
@@ -137,6 +138,11 @@ def test_words_are_embedded_once_for_all_processes(clip, counted, tmp_path):
     file.write_bytes(file.read_bytes()[:50])
     assert torch.equal(text.queries(copy(clip), ["cat"], ["{}"]).vectors, first.vectors[:1])
     assert texts == ["cat", "sky", "grass", "cat"]
+    whole = bytearray(file.read_bytes())
+    whole[-2] ^= 1  # of the last number
+    file.write_bytes(whole)
+    assert torch.equal(text.queries(copy(clip), ["cat"], ["{}"]).vectors, first.vectors[:1])
+    assert texts == ["cat", "sky", "grass", "cat", "cat"]
 
 
 def test_words_are_kept_though_later_ones_fail(clip, counted):
@@ -169,3 +175,16 @@ def test_a_disk_that_takes_nothing_is_no_error(clip, counted, tmp_path):
     (tmp_path / "text").write_text("a file where a folder would be")
     assert len(text.queries(copy(clip), ["cat"], ["{}"]).vectors) == 1
     assert texts == ["cat"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no limit on files here")
+def test_a_full_disk_is_no_error(clip, counted, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert len(text.queries(counted[0](clip), ["cat"], ["{}"]).vectors) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -323,6 +323,14 @@ def test_layers_that_are_not_there_are_refused(visual, pixels, layer):
         trunk.site(1).at(2)
 
 
+def test_an_attention_that_changes_what_others_share_is_found_out(visual, pixels):
+    with torch.no_grad():
+        trunk = encode(visual, pixels)
+        dense(trunk, lambda site: attention("qq")(site).mul_(3))
+        with pytest.raises(RuntimeError, match=r"changed softmax\(qq\) in place"):
+            dense(trunk, "csa")
+
+
 def test_affinities_are_shared_among_variants_and_computed_anew_where_a_gradient_is_wanted(visual, pixels):
     with torch.no_grad():
         site = encode(visual, pixels).site()

@@ -1,6 +1,6 @@
 """Sweeps that are killed (SIGKILL) at random moments, again and again, until they end by themselves: one table, always.
 
-Each image is a piece on disk, so that many kills come while a file is being written. Prints Markdown and writes
+Each image is a piece on disk, so that some kills come while a file is being written. Prints Markdown and writes
 data/results/kills.csv. Takes about a minute of processor time, and some minutes of waiting.
 """
 

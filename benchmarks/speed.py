@@ -4,9 +4,10 @@
 
 Prints tables and writes data/results/speed-DEVICE.csv. Pictures are photographs where SCLIP_PHOTOS names a folder of
 them, scenes of VOC's size otherwise; weights are random unless SCLIP_MODEL names some. The plain loop labels the same
-pictures once for each of PLAIN, a quarter of the variants, and its seconds are multiplied by four. After each of these
-the lab's sweeps and the products of the tower are timed once more. Ratios are taken within such a round, which a
-machine's neighbours disturb alike, and medians of the rounds are kept.
+pictures once for each of PLAIN, a quarter of the variants; what it takes for one of these, twenty times, stands for
+twenty, and labels are compared under these. After each of them the lab's sweeps and the products of the tower are timed
+once more. Ratios are taken within such a round, which a machine's neighbours disturb alike, and medians of the rounds
+are kept. Operations are torch's count: what nothing but products would cost.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from sclip_lab import Clip, Labelling, Protocol
 from sclip_lab.cost import flops
 from sclip_lab.datasets import Dataset
 from sclip_lab.files import home, replacing
+from sclip_lab.measure import Measurement
 from sclip_lab.protocol import Stitched
 from sclip_lab.segment import scores, trunk_of
 from sclip_lab.text import Queries
@@ -54,10 +56,16 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - begin
 
 
-def sweeps(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, Callable[[], object]]:
-    """What `sweep` does with the pictures for each of the GRIDS."""
+def measurements(clip: Clip, dataset: Dataset, vocabulary: Queries) -> dict[str, Measurement]:
+    """What `sweep` does with pictures for each of the GRIDS."""
     work = partial(measurement, clip, dataset, vocabulary, protocol=PROTOCOL)
-    return {name: partial(work(specs, readouts=keys).shard, dataset.keys) for name, (specs, keys) in GRIDS.items()}
+    return {name: work(specs, readouts=keys) for name, (specs, keys) in GRIDS.items()}
+
+
+def operations(works: dict[str, Measurement], key: str) -> dict[str, float]:
+    """What each of the GRIDS costs in operations for a picture, over one variant."""
+    counted = {name: flops(partial(work.count, [work.read(key)])) for name, work in works.items()}
+    return {f"operations, {name}": counted[grid] / counted[one] for name, (grid, one) in RATIOS.items()}
 
 
 @torch.no_grad()
@@ -70,15 +78,21 @@ def labels(clip: Clip, dataset: Dataset, vocabulary: Queries, key: str) -> dict[
 
 
 def trunk_share(clip: Clip, dataset: Dataset) -> Callable[[], float]:
-    """The share of the machine's rate, in the tower's largest product, that the trunk of a picture reaches."""
+    """The share of the machine's rate, in the tower's largest product or a square one, that a trunk reaches."""
     picture, device, dtype = dataset.read(dataset.keys[0])[0], clip.device, clip.visual.conv1.weight.dtype
     trunk = torch.no_grad()(partial(trunk_of, clip.visual, picture, PROTOCOL, clip.mean, clip.std))
-    operations, rows = flops(trunk), 6 * 197  # the windows of a picture at once
-    left, right = (torch.randn(size, dtype=dtype, device=device) for size in ((rows, 768), (768, 3072)))
+    counted, windows = flops(trunk), 6 * 197  # of a picture at once
+    products = [
+        tuple(torch.randn(size, dtype=dtype, device=device) for size in ((n, k), (k, m)))
+        for n, k, m in ((windows, 768, 3072), (2048, 2048, 2048))
+    ]
+
+    def rate(left: torch.Tensor, right: torch.Tensor) -> float:
+        return 2 * left.numel() * right.shape[1] / median(seconds(lambda: left @ right) for _ in range(30))
 
     def share() -> float:
-        rate = 2 * rows * 768 * 3072 / median(seconds(lambda: left @ right) for _ in range(30))
-        return operations / median(seconds(trunk) for _ in range(3)) / rate
+        best = max(rate(left, right) for left, right in products)
+        return counted / median(seconds(trunk) for _ in range(3)) / best
 
     return share
 
@@ -89,7 +103,7 @@ def compared(kind: str) -> pd.DataFrame:
     clips, dataset = {name: vit_b16(dtype) for name, dtype in PRECISIONS.items()}, pictures(PICTURES, labelling)
     exact = clips["float32"]
     vocabulary = words(exact, synonyms)
-    works = {name: sweeps(clip, dataset, vocabulary) for name, clip in clips.items()}
+    works = {name: measurements(clip, dataset, vocabulary) for name, clip in clips.items()}
     shares = {name: trunk_share(clip, dataset) for name, clip in clips.items()}
     own = {(name, key): labels(clip, dataset, vocabulary, key) for name, clip in clips.items() for key in dataset.keys}
     rows, same = [], []
@@ -101,7 +115,7 @@ def compared(kind: str) -> pd.DataFrame:
             spent += perf_counter() - begin
             same += [(name, (own[name, key][spec] == plain).float().mean().item()) for name in clips]
         for name in clips:
-            took = {grid: seconds(work) for grid, work in works[name].items()}
+            took = {grid: seconds(partial(work.shard, dataset.keys)) for grid, work in works[name].items()}
             rows.append({"precision": name, "plain": spent, **took, "trunk_share": shares[name]()})
     rounds = pd.DataFrame(rows)
     for name, (grid, one) in RATIOS.items():
@@ -109,6 +123,7 @@ def compared(kind: str) -> pd.DataFrame:
     rounds["plain x 20/twenty"] = len(VARIANTS) * rounds["plain"] / rounds["twenty"]
     table = rounds.groupby("precision", sort=False).median()
     table = table.join(pd.DataFrame(same, columns=["precision", "same_labels"]).groupby("precision").mean())
+    table = table.assign(**operations(works["float32"], dataset.keys[0]))
     return table.assign(vocabulary=kind, pictures=f"{PICTURES} {dataset.name}", model=exact.name)
 
 

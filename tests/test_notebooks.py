@@ -132,7 +132,7 @@ def test_an_interrupted_refresh_leaves_the_old_notebook_and_nothing_beside_it(tm
     _, error = runner.communicate(timeout=120)
 
     assert runner.returncode == 130
-    # What asyncio has to say of a kernel's unread messages, now and then, comes after it.
+    # What libraries say on their way out, now and then, comes after it.
     assert error.split("\n")[1] == "interrupted: notebooks not yet finished are as they were"
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

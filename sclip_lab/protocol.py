@@ -156,6 +156,7 @@ def _axis(protocol: Protocol, own: int, resized: int, patches: int) -> Tensor:
 
 
 @lru_cache(maxsize=128)
+@torch.inference_mode(False)
 def _columns(protocol: Protocol, own: int, resized: int, patches: int, device: torch.device) -> Tensor:
     """`_axis` on a device, which would have to wait for it every time."""
     return _axis(protocol, own, resized, patches).to(device)

@@ -45,7 +45,6 @@ RATIOS = {
     "twenty/one, bare": ("twenty_bare", "one_bare"),
     "five x four/one": ("five_by_four", "one"),
 }
-Setting = tuple[Clip, Dataset, Queries]
 
 
 def seconds(work: Callable[[], object]) -> float:

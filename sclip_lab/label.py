@@ -47,7 +47,7 @@ class Labelling:
         return f"{self.logit_scale:g}/{self.prob_thd:g}{area}"
 
     def __call__(self, logits: Tensor | Stitched, query_class: Tensor) -> Tensor:
-        """Cosines `logits` [q H W] and the class of each query [q] -> labels [H W] int64."""
+        """Cosines `logits` [q H W], stitched or still to be, and the class of each query [q] -> labels [H W] int64."""
         labels, best, inverse = zip(*(self._labelled(chunk, query_class) for chunk in _chunks(logits)), strict=True)
         if self.area_thd is not None:
             dropped = ~self._large_enough(torch.cat(labels), len(query_class))

@@ -86,6 +86,8 @@ def in_shards(
 
     Or on whatever `joblib.parallel_config` names around the call, as the workers of a Dask cluster, of which two should
     be there: with a single one joblib does the work here, with none it gives up after ten seconds.
+
+    Raises TypeError for work that cannot be pickled, RuntimeError where a local process is killed.
     """
     import cloudpickle
     from joblib import Parallel, delayed, effective_n_jobs

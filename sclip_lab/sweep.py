@@ -57,6 +57,8 @@ def sweep(
     `n_jobs`: among how many processes joblib spreads the pictures, -1 for one per core, or whatever workers
     `joblib.parallel_config` names, as those of a Dask cluster; None: threads of this process. The counts are the same.
     Give the model by its name then, and each process loads it once.
+
+    Raises ValueError where a dataset's name stands for other classes, here or in the store, and what `parallel` raises.
     """
     clip = model if isinstance(model, Clip) else load(model)
     sets = [d if isinstance(d, Dataset) else load_dataset(d, limit=limit) for d in _listed(datasets)]
